@@ -1,0 +1,43 @@
+# The front door: `make demo` and `make test`, each from a fresh clone, do all the set-up by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install demo test lint mlflow cluster cluster-down
+
+install: $(VENV)/.installed
+
+# A stamp that only a whole installation leaves: an interrupted one is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	python workflows/prepare.py scenes
+	python workflows/launch.py --nodes 2 --gpus 8
+	python workflows/generate.py latest
+	@echo
+	@echo "Pictures: $$(python workflows/runs.py path latest)/pictures"
+	@echo "MLflow:   make mlflow   (then open the address that it prints)"
+
+test: install
+	# The tests with a SLURM watch processes and clocks: they have the machine to themselves.
+	python -m pytest tests/cluster
+	python -m pytest -n auto --dist loadfile --ignore tests/cluster
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+mlflow: install
+	python -m workflows.mlflow_ui
+
+cluster: install
+	python -m slurm.testcluster up
+
+cluster-down: install
+	python -m slurm.testcluster down

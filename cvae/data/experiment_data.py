@@ -1,0 +1,88 @@
+"""The prepared data of one experiment: its splits, and what its model is conditioned on."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvae.config import Experiment
+from cvae.data.order import choose_fraction
+from cvae.data.store import Split, Store, open_store, text_file
+from cvae.errors import UserError
+from cvae.models.backbone import ImageShape
+
+
+@dataclass(frozen=True)
+class ExperimentData:
+    store: Store
+    train: Split
+    train_rows: NDArray[np.int64]
+    """Rows of the training split that are trained on: all, or data.fraction of them."""
+    val: Split
+    image_shape: ImageShape
+    condition_dim: int
+    """Length of the condition vector; 0 for the plain VAE."""
+    digest: str
+    """sha256 over the checksums of just the files that this experiment reads."""
+
+    def condition(
+        self, split: Split, indices: NDArray[np.int64], choice: NDArray[np.float64]
+    ) -> NDArray[np.float32] | None:
+        """(B, condition_dim), or None for the plain VAE, whatever the store holds."""
+        return split.condition(indices, choice) if self.condition_dim else None
+
+    def text_statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation of each dimension over the captions trained on, (condition_dim,)
+        each.
+
+        A dimension that never varies gets 1 instead of 0. Raises ValueError where there are no captions.
+        """
+        if self.train.text is None:
+            raise ValueError("these data have no text embeddings")
+        text = self.train.text
+        if len(self.train_rows) < len(self.train) and self.train.caption_offsets is not None:
+            offsets = self.train.caption_offsets
+            spans = zip(offsets[self.train_rows], offsets[self.train_rows + 1], strict=True)
+            text = text[np.concatenate([np.arange(first, end) for first, end in spans])]
+        std = text.std(0)
+        return text.mean(0), np.where(std > 0, std, np.float32(1))
+
+
+def open_data(experiment: Experiment) -> ExperimentData:
+    """Raises UserError where the data are not prepared, or not as this experiment needs them."""
+    data, wanted = experiment.data, experiment.model.condition
+    store = open_store(data.name, data.image_size)
+    train, val = (store.split(name, data.text_encoder) for name in (data.train, data.val))
+    if wanted == "label" and train.labels is None:
+        raise UserError(
+            f"model.condition = 'label', but {data.name} has no labels; it can be 'text' or 'none'"
+        )
+    if wanted == "text" and train.text is None:
+        raise UserError(
+            f"model.condition = 'text', but {data.name} has no captions; it can be 'label' or 'none'"
+        )
+    channels, height, width = train.images.shape[1:]
+    return ExperimentData(
+        store=store,
+        train=train,
+        train_rows=choose_fraction(experiment.seed, train.ids, data.fraction),
+        val=val,
+        image_shape=(channels, height, width),
+        condition_dim=train.condition_dim if wanted != "none" else 0,
+        digest=_digest(store, experiment),
+    )
+
+
+def _digest(store: Store, experiment: Experiment) -> str:
+    # Not the manifest's own digest: another encoder prepared later in the same store changes nothing here.
+    data = experiment.data
+    read = text_file(data.text_encoder) if data.text_encoder else None
+    files = {
+        f"{split}/{name}": entry.sha256
+        for split in (data.train, data.val)
+        for name, entry in store.manifest.splits[split].files.items()
+        if not name.startswith("text/") or name == read
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""Batches on their way to the device: gathered from the memory map one step ahead of the training loop."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvae.data.experiment_data import ExperimentData
+from cvae.data.order import Batch, BatchOrder
+from cvae.data.store import Split
+
+_AHEAD = 2
+
+
+class MicroBatch(NamedTuple):
+    """What the model takes at once: b images of this rank's share of the global batch, on the device."""
+
+    images: Tensor  # (b, C, H, W) uint8
+    condition: Tensor | None  # (b, condition_dim) float32
+    noise: Tensor  # (b, *latent_shape) float32
+
+
+def micro_batches(
+    data: ExperimentData,
+    split: Split,
+    batch: Batch,
+    share: slice,
+    micro_batch_size: int | None,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """A rank's share of a global batch, cut so that no piece exceeds micro_batch_size."""
+    size = micro_batch_size or max(1, share.stop - share.start)
+    pieces = []
+    for start in range(share.start, share.stop, size):
+        part = slice(start, min(start + size, share.stop))
+        indices = batch.indices[part]
+        condition = data.condition(split, indices, batch.caption_choice[part])
+        pieces.append(
+            MicroBatch(
+                _to(device, np.asarray(split.images[indices])),
+                None if condition is None else _to(device, condition),
+                _to(device, batch.noise[part]),
+            )
+        )
+    return pieces
+
+
+def training_feed(
+    data: ExperimentData,
+    order: BatchOrder,
+    steps: range,
+    share: slice,
+    micro_batch_size: int | None,
+    device: torch.device,
+) -> Iterator[list[MicroBatch]]:
+    """This rank's micro-batches for each of `steps`, prepared in a thread while the device computes."""
+
+    def prepare(step: int) -> list[MicroBatch]:
+        return micro_batches(data, data.train, order.batch(step), share, micro_batch_size, device)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
+        ahead: deque[Future[list[MicroBatch]]] = deque()
+        for step in steps:
+            ahead.append(thread.submit(prepare, step))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,116 @@
+"""The one conditional variational autoencoder that every backbone, fusion and likelihood is a part of."""
+
+import importlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cvae import config
+from cvae.models.backbone import ImageShape, Moments
+from cvae.models.likelihood import LIKELIHOODS
+from cvae.models.prior import PRIORS, Prior
+
+# One line a backbone: the module whose build() makes its encoder and decoder. Imported when it is asked
+# for, since diffusers takes seconds.
+BACKBONES = {
+    "mlp": "cvae.models.mlp",
+    "conv": "cvae.models.conv",
+    "resnet": "cvae.models.resnet",
+    "ldm": "cvae.models.ldm",
+}
+
+
+class Elbo(NamedTuple):
+    """The parts of −ELBO, one value per image, in nats; all (B,) in fp32."""
+
+    recon_loss: Tensor
+    kl: Tensor
+    kl_penalty: Tensor
+    """What beta weighs: kl, each latent dimension's share of it raised to free_bits."""
+
+
+class Cvae(nn.Module):
+    """p(x|z,c) p(z|c) with the amortised posterior q(z|x,c) (Sohn et al. 2015, eq. 4; Kingma & Welling 2014)."""
+
+    condition_mean: Tensor
+    condition_std: Tensor
+
+    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+        """shape: channels, height, width of an image. condition_dim: 0 where model.condition is none."""
+        super().__init__()
+        self.shape, self.condition_dim = shape, condition_dim
+        self.beta, self.free_bits = model.beta, model.free_bits
+        self.likelihood = LIKELIHOODS[model.likelihood](signed_output=model.backbone == "ldm")
+        # Saved with the weights: whoever loads them conditions as the training did.
+        self.register_buffer("condition_mean", torch.zeros(condition_dim))
+        self.register_buffer("condition_std", torch.ones(condition_dim))
+        build = importlib.import_module(BACKBONES[model.backbone]).build
+        self.encoder, self.decoder = build(model, shape, condition_dim)
+        self.latent_shape: tuple[int, ...] = self.encoder.latent_shape
+        self.prior: Prior = PRIORS[model.prior](condition_dim, self.latent_shape)
+
+    def forward(self, images: Tensor, condition: Tensor | None, noise: Tensor) -> Elbo:
+        """The parts of −ELBO for a batch, with one draw of z per image.
+
+        images: (B, C, H, W) uint8. condition: (B, condition_dim) or None. noise: (B, *latent_shape),
+        standard normal; z = μ + σ·noise (Kingma & Welling 2014, section 2.4).
+        """
+        target, condition = to_unit(images), self._standardized(condition)
+        moments = self._moments(target, condition)
+        latent = moments.mean + (0.5 * moments.log_variance).exp() * noise
+        output = self.decoder(latent, condition)
+        terms = self.prior.kl(moments, condition).flatten(1)
+        kl = terms.sum(1)
+        penalty = terms.clamp(min=self.free_bits).sum(1) if self.free_bits else kl
+        return Elbo(self.likelihood.recon_loss(output, target), kl, penalty)
+
+    def draw_latent(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
+        return self.prior.draw(noise, self._standardized(condition))
+
+    def encode(self, target: Tensor, condition: Tensor | None) -> Moments:
+        """Moments of q(z|x,c) in fp32, for images (B, C, H, W) in [0, 1]."""
+        return self._moments(target, self._standardized(condition))
+
+    def decode(self, latent: Tensor, condition: Tensor | None) -> Tensor:
+        """Mean images (B, C, H, W) in [0, 1] for z (B, *latent_shape)."""
+        output = self.decoder(latent, self._standardized(condition))
+        return self.likelihood.mean(output).clamp(0, 1)
+
+    def set_condition_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """From now on every condition vector c is used as (c − mean) / std; both (condition_dim,)."""
+        self.condition_mean.copy_(mean)
+        self.condition_std.copy_(std)
+
+    def _standardized(self, condition: Tensor | None) -> Tensor | None:
+        return None if condition is None else (condition - self.condition_mean) / self.condition_std
+
+    def _moments(self, target: Tensor, condition: Tensor | None) -> Moments:
+        moments: Moments = self.encoder(target, condition)
+        # exp(log σ²) and KL leave fp16's range early: from here on everything is fp32.
+        return Moments(moments.mean.float(), moments.log_variance.float())
+
+    def observe(self, mean_recon_loss: Tensor) -> None:
+        """Tells the likelihood how well the last global batch was reconstructed: mean recon_loss, ()."""
+        self.likelihood.observe(mean_recon_loss, math.prod(self.shape))
+
+    def bits_per_dim(self, nats_per_image: float) -> float:
+        """−ELBO in bits per pixel and channel, the likelihood's constant included."""
+        return (nats_per_image / math.prod(self.shape) + self.likelihood.nats_per_dim) / math.log(2)
+
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 → fp32 in [0, 1]; done on the device, so that a quarter of the bytes travel there."""
+    return images.float() / 255
+
+
+def build_model(model: config.Model, shape: ImageShape, condition_dim: int, seed: int) -> Cvae:
+    """A freshly initialised model; its weights are a function of the arguments alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Cvae(model, shape, condition_dim)

@@ -1,0 +1,98 @@
+"""p(x | z, c): what the decoder's output means and what a reconstruction costs."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# −log N(x; m, σ²) has ½ log 2πσ² a dimension; and a pixel is one of 256 levels, each 1/255 wide.
+_GAUSSIAN_NATS_PER_DIM = 0.5 * math.log(math.pi) + math.log(255)
+
+
+class Likelihood(nn.Module):
+    """Turns the decoder's raw output into a loss in nats and into an image."""
+
+    nats_per_dim = 0.0
+    """Constant that recon_loss leaves out, in nats per pixel and channel (for bits per dimension)."""
+    is_adaptive = False
+    """Whether `observe` wants to be told."""
+
+    def __init__(self, signed_output: bool = False):
+        """signed_output: the decoder's output is an image in [−1, 1] by itself, not a sigmoid's logits."""
+        super().__init__()
+        self.signed_output = signed_output
+
+    def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """−log p(x|z,c) without constants, in nats: (B, C, H, W) twice, target in [0, 1] → (B,)."""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The mean image of the decoder's output, same shape, in [0, 1] or about there."""
+        return (output.float() + 1) / 2 if self.signed_output else output.float().sigmoid()
+
+    def observe(self, mean_recon_loss: Tensor, dims: int) -> None:
+        """After a step: recon_loss, mean over the whole global batch, () ; dims: C·H·W."""
+
+
+class Bernoulli(Likelihood):
+    """Binary cross-entropy of grey values, summed over pixels (Kingma & Welling 2014, appendix C.1).
+
+    For grey pixels it is the usual loss and not a density; bits per dimension are nominal then. The output
+    is always logits.
+    """
+
+    def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = functional.binary_cross_entropy_with_logits(output.float(), target, reduction="none")
+        return loss.flatten(1).sum(1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        return output.float().sigmoid()
+
+
+class Gaussian(Likelihood):
+    """Squared error summed over pixels: a Gaussian of variance 1/2 around the mean (the paper's loss)."""
+
+    nats_per_dim = _GAUSSIAN_NATS_PER_DIM
+
+    def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return (self.mean(output) - target).square().flatten(1).sum(1)
+
+
+class OptimalGaussian(Likelihood):
+    """A Gaussian whose one variance σ² is the mean squared error (the optimal σ-VAE, Rybkin et al. 2021).
+
+    The paper takes σ² of the very batch; that needs every rank's error before any gradient. Here it is a
+    running mean over the last steps' global batches, saved with the weights: the same on any number of
+    ranks, and one proper likelihood for every image of an evaluation.
+    """
+
+    nats_per_dim = _GAUSSIAN_NATS_PER_DIM
+    is_adaptive = True
+    variance: Tensor
+
+    _MOMENTUM = 0.1
+    _LEAST = 1 / (12 * 255**2)  # variance of rounding to 256 levels: less would explain noise
+
+    def __init__(self, signed_output: bool = False):
+        super().__init__(signed_output)
+        self.register_buffer("variance", torch.tensor(0.5))  # at first as Gaussian
+
+    def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        error = (self.mean(output) - target).square().flatten(1)
+        return error.sum(1) / (2 * self.variance) + self._log_term(error.shape[1])
+
+    def observe(self, mean_recon_loss: Tensor, dims: int) -> None:
+        squared_error = 2 * self.variance * (mean_recon_loss - self._log_term(dims))
+        optimal = (squared_error / dims).clamp(min=self._LEAST)
+        self.variance.lerp_(optimal, self._MOMENTUM)
+
+    def _log_term(self, dims: int) -> Tensor:
+        return 0.5 * dims * (2 * self.variance).log()
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "optimal_gaussian": OptimalGaussian,
+}

@@ -1,0 +1,75 @@
+"""p(z | c): what the posterior is drawn to, and what is drawn from."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cvae.models.backbone import Moments
+
+_HIDDEN = 512
+
+
+class Prior(Protocol):
+    def kl(self, posterior: Moments, condition: Tensor | None) -> Tensor:
+        """KL(q(z|x,c) || p(z|c)) of each latent dimension in nats, (B, *latent_shape), fp32."""
+        ...
+
+    def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
+        ...
+
+
+class StandardPrior(nn.Module):
+    """N(0, I) (Kingma & Welling 2014); the text plays no part."""
+
+    def __init__(self, condition_dim: int, latent_shape: Sequence[int]):
+        super().__init__()
+
+    def kl(self, posterior: Moments, condition: Tensor | None) -> Tensor:
+        """Kingma & Welling 2014, appendix B."""
+        mean, log_variance = posterior
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+    def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        return noise
+
+
+class TextPrior(nn.Module):
+    """A diagonal Gaussian whose mean and variance are learned functions of c (Sohn et al. 2015, eq. 4).
+
+    It starts as N(0, I).
+    """
+
+    def __init__(self, condition_dim: int, latent_shape: Sequence[int]):
+        super().__init__()
+        self.latent_shape = tuple(latent_shape)
+        last = nn.Linear(_HIDDEN, 2 * torch.Size(latent_shape).numel())
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.moments = nn.Sequential(nn.Linear(condition_dim, _HIDDEN), nn.SiLU(), last)
+
+    def forward(self, condition: Tensor) -> Moments:
+        """(B, condition_dim) → two of (B, *latent_shape), fp32."""
+        mean, log_variance = self.moments(condition).float().chunk(2, dim=1)
+        shape = (-1, *self.latent_shape)
+        return Moments(mean.reshape(shape), log_variance.reshape(shape))
+
+    def kl(self, posterior: Moments, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        prior = self.forward(condition)
+        gap = posterior.log_variance - prior.log_variance
+        distance = (posterior.mean - prior.mean).square() * (-prior.log_variance).exp()
+        return 0.5 * (distance + gap.exp() - 1 - gap)
+
+    def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        prior = self.forward(condition)
+        return prior.mean + (0.5 * prior.log_variance).exp() * noise
+
+
+PRIORS: dict[str, type[StandardPrior] | type[TextPrior]] = {
+    "standard": StandardPrior,
+    "text": TextPrior,
+}

@@ -1,0 +1,121 @@
+"""A run's folder: the truth about it, from the resolved experiment to the last checkpoint."""
+
+import difflib
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from cvae import paths, yaml_model
+from cvae.config import Experiment, load_experiment
+from cvae.errors import UserError
+
+LATEST = "latest"
+
+
+class RunDirectory:
+    """Names the files of a run. Its format is described in CONTRIBUTING.md."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.name = path.name
+        self.experiment_file = path / "experiment.yaml"
+        self.launch_file = path / "launch.json"
+        self.journal_file = path / "journal.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.pictures = path / "pictures"
+        self.logs = path / "logs"
+
+    @classmethod
+    def create(cls, name: str | None, experiment: Experiment) -> "RunDirectory":
+        """Makes a new run's folder with its experiment.yaml, whole or not at all.
+
+        name: None for the experiment's name and the time. Raises UserError where the name is taken or
+        malformed, or where the folder cannot be written.
+        """
+        check_new_name(name)
+        name = name or free_name(experiment.name)
+        run = cls(paths.runs_dir() / name)
+        nascent = run.path.with_name(f".{name}.{os.getpid()}.new")
+        try:
+            nascent.mkdir(parents=True)
+            for folder in (run.checkpoints, run.pictures, run.logs):
+                (nascent / folder.name).mkdir()
+            text = yaml_model.dump(experiment, "The whole experiment; launch.py takes it back.")
+            paths.write_atomically(nascent / run.experiment_file.name, text)
+            os.rename(nascent, run.path)
+        except OSError as error:
+            shutil.rmtree(nascent, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise UserError(_taken(run.path)) from None
+            raise UserError(f"{run.path}: cannot be written: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, name: str) -> "RunDirectory":
+        """The run of that name, of that path, or the newest one for "latest".
+
+        Raises UserError where there is none, with the nearest name.
+        """
+        runs = {run.name: run for run in all_runs()}
+        if name == LATEST and runs:
+            return max(runs.values(), key=lambda run: run.created)
+        if name in runs:
+            return runs[name]
+        run = cls(Path(name).resolve())
+        if run.experiment_file.is_file():
+            return run
+        near = difflib.get_close_matches(name, runs, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`runs.py list` shows the runs there are"
+        raise UserError(f"{name}: no such run in {paths.runs_dir()}; {hint}")
+
+    @property
+    def created(self) -> float:
+        """Unix seconds; the experiment's file is written once, when the run is made."""
+        return self.experiment_file.stat().st_mtime
+
+    def experiment(self) -> Experiment:
+        return load_experiment(self.experiment_file)
+
+    def submissions(self) -> list[dict[str, Any]]:
+        """Every time the run was handed to SLURM or to this machine, oldest first."""
+        if not self.launch_file.exists():
+            return []
+        submissions: list[dict[str, Any]] = json.loads(self.launch_file.read_text())
+        return submissions
+
+
+def all_runs() -> list[RunDirectory]:
+    """Every run under home(), newest first."""
+    runs = [RunDirectory(file.parent) for file in paths.runs_dir().glob("[!.]*/experiment.yaml")]
+    return sorted(runs, key=lambda run: run.created, reverse=True)
+
+
+def check_new_name(name: str | None) -> None:
+    """Raises UserError where a new run cannot have that name."""
+    if name is None:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == LATEST:
+        raise UserError(
+            f"--name {name}: a run's name is letters, digits, '_', '.', '-', and not {LATEST!r}"
+        )
+    if (paths.runs_dir() / name).exists():
+        raise UserError(_taken(paths.runs_dir() / name))
+
+
+def _taken(path: Path) -> str:
+    return (
+        f"run name {path.name} is taken ({path}); choose another --name, or continue that run with"
+        f" `python workflows/runs.py resume {path.name}`"
+    )
+
+
+def free_name(stem: str) -> str:
+    """A name for a new run: the experiment's, and the time."""
+    base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
+    return next(name for name in names if not (paths.runs_dir() / name).exists())

@@ -1,0 +1,32 @@
+"""What is written about a run whose ranks could not do so themselves any more."""
+
+import fcntl
+from pathlib import Path
+
+from cvae.run_directory import RunDirectory
+from cvae.training import journal, mlflow_mirror
+from cvae.training.journal import Journal
+
+_MIRROR_PATIENCE_S = 30.0
+
+
+def note_bad_end(run_path: str, reason: str, restarts: bool) -> None:
+    """Called where the run was looked after, when all ranks are gone: the journal's last line is the cause.
+
+    restarts: the run goes on, and its next start brings this line to MLflow.
+    """
+    run = RunDirectory(Path(run_path))
+    with open(run.path / "train.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # on a host out of reach rank 0 lives on, and writes
+        lines = journal.read(run.journal_file)[0]
+        step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
+        writer = Journal(run.journal_file)
+        try:
+            writer.append("end", status="failed", step=step, reason=reason)
+        finally:
+            writer.close()
+    if not restarts:
+        mlflow_mirror.start_mirror(run.path).finish(_MIRROR_PATIENCE_S)

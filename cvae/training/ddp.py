@@ -1,0 +1,137 @@
+"""The DDP engine: one optimizer step over the ranks, and the state that makes it resumable."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cvae.config import Experiment
+from cvae.data.feed import MicroBatch
+from cvae.models.cvae import Cvae, Elbo
+from cvae.training import precision
+from cvae.training.checkpoint import Snapshot, Tensors
+from cvae.training.ema import update_average
+from cvae.training.ranks import Ranks
+
+
+class DdpEngine:
+    """See cvae.training.engine.Engine."""
+
+    name = "ddp"
+
+    def __init__(self, model: Cvae, experiment: Experiment, ranks: Ranks):
+        self.ranks = ranks
+        self.model = model.to(ranks.device)
+        self.precision = precision.resolve(experiment.training.precision, ranks.device)
+        self.clip_norm = experiment.optimizer.clip_norm
+        self.batch_size = experiment.training.global_batch_size
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=experiment.optimizer.lr,
+            betas=experiment.optimizer.betas,
+            weight_decay=experiment.optimizer.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
+        self.ema_decay = experiment.training.ema_decay
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if self.ema_decay else None
+        self.parallel: nn.Module = self.model
+        if ranks.world_size > 1:
+            self.parallel = DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    @property
+    def eval_model(self) -> Cvae:
+        return self.ema or self.model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return precision.autocast(self.precision, self.ranks.device)
+
+    def settle(self, batch: Sequence[MicroBatch]) -> None:
+        """One throw-away backward pass, so that DDP lays out its buckets before the first step that counts.
+
+        DDP orders its buckets anew after the first backward pass, and a gradient's place in a bucket decides
+        the order in which a ring adds it up. Without this, the first step after a resume would be added up
+        in another order than the same step of a run that was never interrupted.
+        """
+        if self.parallel is not self.model:
+            for _ in range(2):
+                torch.autograd.backward(self._loss(self._elbo(batch[0]), beta=1.0))
+            self.optimizer.zero_grad()
+
+    def step(self, batch: Sequence[MicroBatch], lr: float, beta: float) -> Tensor:
+        totals = torch.zeros(3, device=self.ranks.device)
+        for number, micro in enumerate(batch, start=1):
+            with self._reduce_gradients(number == len(batch)):
+                elbo = self._elbo(micro)
+                loss = self._loss(elbo, beta)
+                torch.autograd.backward(self.scaler.scale(loss))
+            with torch.no_grad():
+                recon_loss, kl, penalty = (part.sum() for part in elbo)
+                totals += torch.stack([recon_loss, kl, recon_loss + beta * penalty])
+        if self.model.likelihood.is_adaptive:
+            self.model.observe(self.ranks.sum(totals[0].clone()) / self.batch_size)
+        norm = self._update(lr)
+        return torch.cat([totals / self.batch_size, norm.reshape(1)])
+
+    def snapshot(self, state: dict[str, Any]) -> Snapshot:
+        tensors: dict[str, Tensors] = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": {
+                f"{key}.{name}": value
+                for name, parameter in self.model.named_parameters()
+                for key, value in self.optimizer.state[parameter].items()
+            },
+        }
+        if self.ema is not None:
+            tensors["ema"] = dict(self.ema.state_dict())
+        return Snapshot(tensors, {**state, "loss_scale": self.scaler.state_dict()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.model.load_state_dict(snapshot.tensors["model"])
+        saved = snapshot.tensors["optimizer"]
+        for name, parameter in self.model.named_parameters():
+            if f"step.{name}" in saved:  # not before the first update: fp16 may skip some
+                self.optimizer.state[parameter] = {
+                    key: saved[f"{key}.{name}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        if self.ema is not None:
+            self.ema.load_state_dict(snapshot.tensors["ema"])
+        if self.scaler.is_enabled() and snapshot.state["loss_scale"]:
+            self.scaler.load_state_dict(snapshot.state["loss_scale"])
+
+    def _elbo(self, micro: MicroBatch) -> Elbo:
+        with self.autocast():
+            elbo: Elbo = self.parallel(*micro)
+        return elbo
+
+    def _loss(self, elbo: Elbo, beta: float) -> Tensor:
+        # DDP divides the gradients' sum by the number of ranks; what is wanted is the sum.
+        scale = self.ranks.world_size / self.batch_size
+        return (elbo.recon_loss + beta * elbo.kl_penalty).sum() * scale
+
+    def _reduce_gradients(self, now: bool) -> AbstractContextManager[Any]:
+        if now or not isinstance(self.parallel, DistributedDataParallel):
+            return nullcontext()
+        return self.parallel.no_sync()
+
+    def _update(self, lr: float) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None and self.ema_decay is not None:
+            update_average(self.ema, self.model, self.ema_decay)
+        return norm

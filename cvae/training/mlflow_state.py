@@ -1,0 +1,77 @@
+"""Where a run stands with MLflow: mlflow.json in the run directory."""
+
+import json
+import logging
+import re
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cvae import paths
+from cvae.errors import UserError
+from cvae.training import journal
+
+STATE_FILE = "mlflow.json"
+JOURNAL_FILE = "journal.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    tracking_uri: str
+    """Without its password: colleagues read each other's runs."""
+    run_dir_id: str
+    """Tag of the run in MLflow, known before the run is made there: whoever dies between making it
+    and writing its id down finds it again."""
+    run_id: str | None = None
+    offset: int = 0
+    """Bytes of the journal that MLflow has acknowledged."""
+
+
+def load(run_dir: Path) -> State:
+    """The state; a new one, already saved, for a run that MLflow does not know."""
+    file = run_dir / STATE_FILE
+    if file.exists():
+        return State(**json.loads(file.read_text()))
+    state = State(without_password(paths.tracking_uri()), uuid.uuid4().hex)
+    save(run_dir, state)
+    return state
+
+
+def save(run_dir: Path, state: State) -> None:
+    paths.write_atomically(run_dir / STATE_FILE, json.dumps(asdict(state), indent=1))
+
+
+def behind(run_dir: Path) -> int:
+    """Number of journal lines that MLflow does not have yet."""
+    file = run_dir / STATE_FILE
+    offset = State(**json.loads(file.read_text())).offset if file.exists() else 0
+    return sum(1 for _ in journal.read_each(run_dir / JOURNAL_FILE, offset))
+
+
+def tracking_uri(state: State) -> str:
+    """The store that the run is in: it stays there when the environment has changed since.
+
+    Raises UserError where it is MLflow's deprecated file store: that keeps a point twice that is
+    sent twice.
+    """
+    stored, configured = state.tracking_uri, paths.tracking_uri()
+    if without_password(configured) == stored:
+        stored = configured
+    else:
+        _log.warning(
+            "the run stays in %s, although MLFLOW_TRACKING_URI now means %s",
+            stored,
+            without_password(configured),
+        )
+    if "://" not in stored or stored.startswith("file:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={stored}: MLflow's file store is not supported;"
+            " use sqlite:///<file> or the http(s):// address of an `mlflow server`"
+        )
+    return stored
+
+
+def without_password(uri: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)

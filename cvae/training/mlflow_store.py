@@ -1,0 +1,60 @@
+"""MLflow's store: the SQLite file and the experiments in it."""
+
+import fcntl
+import logging
+import re
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from cvae import paths
+
+_log = logging.getLogger(__name__)
+
+
+def create_store(uri: str) -> None:
+    """Makes the SQLite file if it is not there: whole, and by one process at a time.
+
+    MLflow alone lets two processes create the tables of one file at once, and both fail; whoever is
+    killed on the way leaves a file that never works again.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{file}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            return
+        nascent = Path(f"{file}.new")
+        nascent.unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"sqlite:///{nascent}").search_experiments(max_results=1)
+        nascent.rename(file)
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """Of the MLflow experiment of that name, made or restored where it is not there."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # Without a server this process is the one that stores files, by default in whatever folder
+        # it was started in.
+        location = None
+        if not uri.startswith(("http:", "https:")):
+            location = (paths.home() / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
+        try:
+            # The kind makes the UI show runs and charts first instead of traces of prompts.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            created: str = client.create_experiment(name, location, kind)
+            return created
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        _log.warning("experiment %s was deleted in MLflow: restored", name)
+        client.restore_experiment(experiment.experiment_id)
+    there: str = experiment.experiment_id
+    return there

@@ -1,0 +1,242 @@
+"""The training loop: what every rank of a run does, from its experiment.yaml to its last checkpoint."""
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+
+from cvae import pictures
+from cvae.config import Experiment
+from cvae.data.experiment_data import ExperimentData, open_data
+from cvae.data.feed import micro_batches, training_feed
+from cvae.data.order import BatchOrder
+from cvae.errors import UserError
+from cvae.evaluation.elbo import evaluate_elbo
+from cvae.models.cvae import build_model
+from cvae.models.published import load_published
+from cvae.run_directory import RunDirectory
+from cvae.training import checkpoint, preflight
+from cvae.training.engine import build_engine
+from cvae.training.meter import Meter
+from cvae.training.provenance import facts
+from cvae.training.ranks import Ranks, connect
+from cvae.training.record import Record, open_record
+from cvae.training.schedule import kl_weight, learning_rate
+from cvae.training.watchdog import Watchdog, watched
+
+# A try that was ended from outside may need so long to be gone.
+_LOCK_PATIENCE_S = 90.0
+
+
+class Outcome(NamedTuple):
+    """How a call of train() ended."""
+
+    status: str
+    """finished | failed | stopped (by a signal, with everything saved)."""
+    step: int
+    reason: str
+
+
+class StopFlag:
+    """Set by SIGTERM (preemption, scancel) and SIGUSR2 (time limit); acted on at a step's boundary only."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+
+
+def train(run_path: Path, mirrored: bool = True) -> Outcome:
+    """Trains a run from where it is to its end; called once in every rank's process.
+
+    The ranks find each other by torch's own environment variables. mirrored: whether MLflow is told while
+    the run goes on; what the journal holds can be brought there later too. Raises UserError where another process
+    trains this run already, and whatever went wrong otherwise, after it has been written to the journal.
+    """
+    run = RunDirectory(run_path)
+    stop = StopFlag()
+    with (
+        connect() as ranks,
+        watched(ranks) as watchdog,
+        _exclusively(run, ranks),
+        open_record(run, ranks, mirrored) as record,
+    ):
+        try:
+            outcome = _train(run, run.experiment(), ranks, record, stop, watchdog)
+        except UserError as error:
+            outcome = Outcome("failed", record.step, str(error))
+        except BaseException as error:
+            record.end("failed", record.step, f"{type(error).__name__}: {error}")
+            raise
+        record.end(*outcome)
+        return outcome
+
+
+def _train(
+    run: RunDirectory,
+    experiment: Experiment,
+    ranks: Ranks,
+    record: Record,
+    stop: StopFlag,
+    watchdog: Watchdog,
+) -> Outcome:
+    data = preflight.everywhere(ranks, lambda: open_data(experiment))
+    _check_fit(run, experiment, data, ranks, record)
+    model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
+    need = preflight.need_of(experiment, model, ranks.world_size, run.checkpoints, record.begun)
+    record.preflight(preflight.check(run.checkpoints, ranks, need, data.digest))
+    if experiment.model.standardize_condition:
+        model.set_condition_statistics(*map(torch.from_numpy, data.text_statistics()))
+    saved = _newest(run, ranks, record)
+    if saved is None and experiment.model.init_from is not None:
+        load_published(model, experiment.model, experiment.model.init_from)
+    engine = build_engine(model, experiment, ranks)
+    step, best = 0, float("inf")
+    if saved is not None:
+        engine.restore(saved)
+        step = saved.state["step"]
+        if saved.state["best_val_loss"] is not None:
+            best = saved.state["best_val_loss"]
+    record.start(step=step, engine=engine.name, **facts(data, ranks, engine.precision))
+
+    total = experiment.total_steps(len(data.train_rows))
+    batch_size, micro = experiment.training.global_batch_size, experiment.training.micro_batch_size
+    order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
+    share = ranks.share(batch_size)
+    meter = Meter(model, experiment, ranks, total)
+
+    def draw() -> None:
+        averaged = engine.eval_model
+        if ranks.is_first:
+            images = pictures.training_pictures(averaged, data, experiment, ranks.device)
+            record.pictures(step, images)
+
+    def save(val_loss: float | None) -> None:
+        nonlocal best
+        is_best = val_loss is not None and val_loss < best
+        best = val_loss if val_loss is not None and is_best else best
+        snapshot = engine.snapshot({"step": step, "best_val_loss": best})
+        if ranks.is_first:
+            record.checkpoint(snapshot, experiment.checkpoint.keep, is_best)
+
+    if step == 0:
+        # The untrained model's pictures: the beginning of MLflow's slider.
+        draw()
+    if step < total:
+        engine.settle(
+            micro_batches(data, data.train, order.batch(step), share, micro, ranks.device)
+        )
+    meter.restart()
+    feed = training_feed(data, order, range(step, total), share, micro, ranks.device)
+    for batch in meter.waiting(feed):
+        lr = learning_rate(experiment.optimizer, step, total)
+        watchdog.begin()
+        sums = engine.step(batch, lr, kl_weight(experiment.model, step))
+        step += 1
+        watchdog.beat(step)
+        meter.note(step, sums)
+
+        evaluates = _crosses_epoch(step, total, experiment, len(data.train_rows))
+        interval = experiment.checkpoint.every_steps
+        saves = evaluates or (interval is not None and step % interval == 0)
+        stops = ranks.any(stop.signal is not None)
+
+        if saves or stops or meter.is_due(step):
+            metrics = meter.read(step, sums)
+            if meter.bad_step is not None:
+                watchdog.rest()
+                record.saver.wait()
+                return Outcome("failed", meter.bad_step, _not_finite(run, meter.bad_step))
+            if meter.is_due(step):
+                record.step_metrics(step, metrics)
+        if saves or stops:
+            watchdog.rest()
+        if evaluates:
+            val = evaluate_elbo(engine.eval_model, data, data.val, experiment, ranks)
+            record.epoch(step, step * batch_size / len(data.train_rows), val)
+            draw()
+            save(val["loss"])
+        elif saves or stops:
+            save(None)
+        if saves or stops:
+            meter.restart()
+        if stops and step < total:
+            record.saver.finish()
+            signals = {name for name in ranks.gather(stop.signal or "") if name}
+            return Outcome("stopped", step, f"{', '.join(sorted(signals))} at step {step}, saved")
+    record.final_model()
+    return Outcome("finished", total, "")
+
+
+def _newest(run: RunDirectory, ranks: Ranks, record: Record) -> checkpoint.Snapshot | None:
+    """The newest intact checkpoint, the same on all ranks; None where there is none yet."""
+    # Rank 0 chooses, so that ranks whose view of the shared file system differs cannot disagree.
+    found = checkpoint.load_newest(run.checkpoints, record.notice) if ranks.is_first else None
+    chosen = ranks.tell(None if found is None else found.state["step"])
+    return None if chosen is None else found or checkpoint.load_step(run.checkpoints, chosen)
+
+
+def _check_fit(
+    run: RunDirectory, experiment: Experiment, data: ExperimentData, ranks: Ranks, record: Record
+) -> None:
+    experiment.check_ranks(ranks.world_size)
+    before = record.data_digest
+    if before is not None and before != data.digest:
+        raise UserError(
+            f"{run.name} was trained on other data than {data.store.path} holds now (digest"
+            f" {before[:12]}, now {data.digest[:12]}); prepare the data as it was, or start a new run"
+        )
+
+
+def _crosses_epoch(step: int, total: int, experiment: Experiment, n_train: int) -> bool:
+    """Whether an evaluation follows this step: at every eval_every-th epoch's end, and at the run's."""
+    per_evaluation = experiment.training.eval_every * n_train
+    seen = step * experiment.training.global_batch_size
+    before = seen - experiment.training.global_batch_size
+    return step == total or seen // per_evaluation > before // per_evaluation
+
+
+def _not_finite(run: RunDirectory, step: int) -> str:
+    saved = checkpoint.steps(run.checkpoints)
+    kept = f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
+    return (
+        f"the loss or its gradient is not finite at step {step}; {kept};"
+        " try a lower optimizer.lr, optimizer.warmup_steps or optimizer.clip_norm"
+    )
+
+
+@contextmanager
+def _exclusively(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """Holds the run's lock on rank 0; raises UserError on all ranks where another process holds it.
+
+    A job that is tried again waits a while: an earlier try of it may still be dying.
+    """
+    patience_s = _LOCK_PATIENCE_S if "CVAE_RESTARTED" in os.environ else 0.0
+    with open(run.path / "train.lock", "a") as lock:
+        free = not ranks.is_first or _locked(lock, patience_s)
+        if not ranks.tell(free):
+            error = RuntimeError if patience_s else UserError
+            raise error(f"{run.name} is being trained by another process already")
+        yield
+
+
+def _locked(lock: TextIO, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+        else:
+            return True

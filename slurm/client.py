@@ -1,0 +1,244 @@
+"""SLURM's own commands: does it answer, what nodes has it, what became of a job."""
+
+import os
+import re
+import subprocess
+import time
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+from cvae.errors import UserError
+
+_TIMEOUT_S = 20
+_PENDING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+
+
+class NodeSize(NamedTuple):
+    """What SLURM says of one node of a partition."""
+
+    partition: str
+    gpus: int
+    cpus: int
+    time_limit_min: int | None
+    """The partition's; None where it has none."""
+
+
+class JobState(NamedTuple):
+    """Where a job is, whoever runs it."""
+
+    phase: Literal["queued", "running", "ended", "unknown"]
+    word: str
+    """SLURM's own word, as COMPLETED or TIMEOUT."""
+    reason: str = ""
+    """Why it waits, or where it runs."""
+    start: float | None = None
+    """When it started or is expected to; unix seconds."""
+
+    @property
+    def alive(self) -> bool:
+        return self.phase in ("queued", "running")
+
+
+class Slurm:
+    """SLURM's commands for one cluster: the one of `conf`, else the one that this host belongs to."""
+
+    def __init__(self, conf: str | None):
+        self.environment = {"SLURM_CONF": os.path.expanduser(conf)} if conf else {}
+
+    def answers(self) -> bool:
+        """Whether a controller is up; seconds at most."""
+        try:
+            self.require("")
+        except UserError:
+            return False
+        return True
+
+    def require(self, name: str) -> None:
+        """Raises UserError where no controller is up; quicker than the other commands' own time-outs."""
+        try:
+            if "is UP" in self._run("scontrol", "ping", timeout=5):
+                return
+            problem = "its controller is down"
+        except UserError as error:
+            problem = str(error)
+        raise UserError(f"cluster {name}: SLURM does not answer: {problem}")
+
+    def node_sizes(self, partition: str | None, gpu_type: str | None) -> list[NodeSize]:
+        """The nodes of a partition, or of the default one. Raises UserError where there is none such."""
+        # Asked for all partitions, so that a misspelt one can be told from one without nodes.
+        text = self._run("sinfo", "--noheader", "--Node", "--format=%P|%G|%c|%l")
+        rows = [line.split("|") for line in text.splitlines()]
+        default = next((row[0] for row in rows if row[0].endswith("*")), None)
+        wanted = partition or (default or "").rstrip("*")
+        sizes = [
+            NodeSize(wanted, gpus_of(gres, gpu_type), int(cpus.rstrip("+")), _minutes(limit))
+            for name, gres, cpus, limit in rows
+            if name.rstrip("*") == wanted
+        ]
+        if not sizes:
+            names = ", ".join(sorted({row[0].rstrip("*") for row in rows})) or "none"
+            asked = f"partition {partition!r}" if partition else "default partition"
+            raise UserError(f"SLURM has no {asked}; there are {names}")
+        return sizes
+
+    def preemption(self, partition: str | None) -> tuple[str, int]:
+        """A partition's (or the default one's) PreemptMode, and the seconds between signal and kill."""
+        text = self._run("scontrol", "show", "partition", "--oneliner", *filter(None, [partition]))
+        rows = [
+            dict(word.split("=", 1) for word in x.split() if "=" in word) for x in text.splitlines()
+        ]
+        row = next((x for x in rows if partition or x.get("Default") == "YES"), rows[0])
+        killed = re.search(r"KillWait\s*=\s*(\d+)", self._run("scontrol", "show", "config"))
+        notice = int(row.get("GraceTime", 0)) or int(killed.group(1) if killed else 30)
+        return row.get("PreemptMode", "OFF").split(",")[-1], notice
+
+    def test(self, script: str) -> float | None:
+        """When SLURM would start an sbatch script, unix seconds, where it can tell; submits nothing.
+
+        Raises UserError where SLURM would refuse it: account, QOS, limits.
+        """
+        answer = self._run("sbatch", "--test-only", stdin=script, both=True)
+        found = re.search(r"to start at (\S+)", answer)
+        return _unix(found.group(1)) if found else None
+
+    def job(self, job_id: str) -> JobState:
+        """Asks the queue and, for a job that it has forgotten, the accounting."""
+        try:
+            text = self._run(
+                "squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r|%S|%N"
+            )
+        except UserError as error:
+            if "Invalid job id" not in str(error):
+                return JobState("unknown", "UNKNOWN", str(error))
+            text = ""
+        if text.strip():
+            word, reason, start, hosts = text.splitlines()[0].split("|")
+            return _state(word, reason if word in _PENDING else hosts, start)
+        with suppress(UserError):
+            columns = "--format=State,NodeList,Start"
+            text = self._run(
+                "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", columns
+            )
+            if text.strip():
+                word, hosts, start = text.splitlines()[-1].split("|")
+                return _state(word.split()[0], hosts, start)
+        return JobState("ended", "FORGOTTEN", "neither the queue nor the accounting knows the job")
+
+    def details(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` says, as JobState, Restarts, PreemptTime. Raises UserError."""
+        text = self._run("scontrol", "show", "job", "--oneliner", job_id)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def last_word(self, job_id: str) -> str:
+        """The accounting's word for how the job's try before the present one ended; "" where it has none."""
+        with suppress(UserError):
+            options = ["--noheader", "--parsable2", "--allocations", "--duplicates"]
+            text = self._run("sacct", *options, f"--jobs={job_id}", "--format=State")
+            words = [line.split()[0] for line in text.splitlines() if line.strip()]
+            past = [word for word in words if word in _ENDED or word == "REQUEUED"]
+            return past[-1] if past else ""
+        return ""
+
+    def nodes_like(self, node: str, partition: str) -> list[str]:
+        """The working nodes of a partition with the same features and GPUs as `node`, itself among them."""
+        form = "--format=%N|%t|%f %G"
+        text = self._run("sinfo", "--noheader", "--Node", f"--partition={partition}", form)
+        rows = [line.split("|") for line in text.splitlines()]
+        kind = next((row[2] for row in rows if row[0] == node), "")
+        unusable = re.compile(r"down|drain|drng|fail|unk|maint|boot|plnd|\*")
+        return [row[0] for row in rows if row[2] == kind and not unusable.search(row[1])]
+
+    def requeue(self, job_id: str) -> None:
+        """Ends the job's present try and puts it back into the queue."""
+        self._run("scontrol", "requeue", job_id)
+
+    def exclude(self, job_id: str, nodes: list[str]) -> None:
+        """Keeps a waiting job away from nodes. Raises UserError where it does not wait."""
+        self._run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+    def tell_to_save(self, job_id: str) -> None:
+        """SIGTERM to every rank of a running job, and nothing more."""
+        self._run("scancel", "--signal=TERM", job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """Takes a job out of the queue, or ends it: SIGTERM, and SIGKILL after SLURM's KillWait."""
+        self._run("scancel", job_id)
+
+    def _run(
+        self,
+        *command: str,
+        stdin: str | None = None,
+        timeout: float = _TIMEOUT_S,
+        both: bool = False,
+    ) -> str:
+        """What the command prints. Raises UserError with the last line of its complaint."""
+        try:
+            done = subprocess.run(
+                command,
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=os.environ | self.environment,
+            )
+        except FileNotFoundError:
+            raise UserError(f"SLURM's {command[0]} is not installed here") from None
+        except subprocess.TimeoutExpired:
+            raise UserError(f"SLURM's {command[0]} did not answer in {timeout:.0f} s") from None
+        if done.returncode:
+            raise UserError(f"SLURM says: {complaint(done.stderr) or f'{command[0]} failed'}")
+        return done.stdout + done.stderr if both else done.stdout
+
+
+def complaint(stderr: str) -> str:
+    """The line of SLURM's many that says what is wrong: the last that is not about the job in general."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line] or lines
+    return re.sub(r"^(\w+: )?(error|fatal): ", "", telling[-1]) if telling else ""
+
+
+def gpus_of(gres: str, gpu_type: str | None) -> int:
+    """GPUs (of a type) in SLURM's GRES notation: "gpu:4", "gpu:v100:4(S:0-1),shard:8", "(null)"."""
+    total = 0
+    for kind, number in re.findall(r"(?:^|,)gpu(?::([^:,()]+))??:(\d+)", gres):
+        if gpu_type is None or kind == gpu_type:
+            total += int(number)
+    return total
+
+
+def _minutes(limit: str) -> int | None:
+    """SLURM's [days-]hours:minutes:seconds (or minutes:seconds) in minutes; None for "infinite"."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if found is None:
+        return None
+    days, hours, minutes = (int(part or 0) for part in found.groups()[:3])
+    return (24 * days + hours) * 60 + minutes
+
+
+def _state(word: str, reason: str, start: str) -> JobState:
+    phase: Literal["queued", "running", "ended"] = "running"
+    if word in _PENDING:
+        phase = "queued"
+    elif word in _ENDED:
+        phase = "ended"
+    return JobState(phase, word, reason, _unix(start))
+
+
+def _unix(moment: str) -> float | None:
+    """SLURM's local time; None for "N/A" and "Unknown"."""
+    with suppress(ValueError):
+        return time.mktime(time.strptime(moment, "%Y-%m-%dT%H:%M:%S"))
+    return None

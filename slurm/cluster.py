@@ -1,0 +1,188 @@
+"""The cluster file: where a job runs. Nothing in it changes a result (rule 1 of the design)."""
+
+import os
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from cvae import yaml_model
+from cvae.errors import UserError
+from cvae.paths import PROJECT_ROOT
+from cvae.yaml_model import Strict
+from slurm.client import NodeSize, Slurm
+
+CLUSTERS = PROJECT_ROOT / "configs" / "clusters"
+Positive = Annotated[int, Field(gt=0)]
+_LOCAL_KEYS = {"executor", "gpus_per_node", "env", "max_restarts", "watchdog_s"}
+
+
+class Placement(NamedTuple):
+    """How many ranks, and over how many hosts they are spread."""
+
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    def __str__(self) -> str:
+        return f"{count(self.nodes, 'node')} × {self.ranks_per_node} = {count(self.world_size, 'rank')}"
+
+
+class ClusterConfig(Strict):
+    executor: Literal["slurm", "local"] = Field(
+        description="slurm: through sbatch; local: processes of this machine"
+    )
+    slurm_conf: str | None = Field(
+        None, description="slurm.conf of this cluster, where SLURM's commands do not know it"
+    )
+    partition: str | None = Field(None, description="null: the cluster's default partition")
+    account: str | None = Field(None, description="who pays, where the site asks")
+    qos: str | None = Field(None, description="quality of service, where the site asks")
+    constraint: str | None = Field(None, description="node features, as v100&32gb")
+    nodes: Positive | None = Field(None, description="most nodes of a job; null: ask sinfo")
+    gpus_per_node: Positive | None = Field(
+        None, description="most GPUs of a node; null: ask sinfo (local: as many as there are)"
+    )
+    gpu_type: str | None = Field(None, description="type in SLURM's GRES, as v100")
+    cpus_per_gpu: Positive | None = Field(
+        None, description="cores per rank; null: the GPU's share of its node's cores"
+    )
+    mem_per_gpu_gb: Positive | None = Field(None, description="null: the partition's default")
+    time_limit_min: Positive | None = Field(None, description="null: the partition's own limit")
+    grace_s: Positive = Field(
+        120, description="seconds before the time limit at which the ranks are told to save"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="how often a run that crashed is tried again without a new checkpoint"
+    )
+    watchdog_s: Positive = Field(
+        45,
+        description="a rank that is not heard of, or makes no step, for so long ends the job's try",
+    )
+    exclusive: bool = Field(False, description="whole nodes, shared with nobody")
+    setup: list[str] = Field([], description="shell lines before srun, as `module load cuda/12.6`")
+    env: dict[str, str] = Field({}, description="environment variables of the ranks")
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "ClusterConfig":
+        foreign = sorted(self.model_fields_set - _LOCAL_KEYS)
+        if self.executor == "local" and foreign:
+            raise ValueError(f"executor = 'local' has no {', '.join(foreign)}")
+        # SLURM sends its signal up to a minute early.
+        if self.time_limit_min is not None and self.grace_s + 60 >= 60 * self.time_limit_min:
+            raise ValueError(
+                f"grace_s = {self.grace_s} must be at least a minute shorter than"
+                f" time_limit_min = {self.time_limit_min}"
+            )
+        return self
+
+    def slurm(self) -> Slurm:
+        return Slurm(self.slurm_conf)
+
+
+class Place(NamedTuple):
+    """A cluster by its name, and why it was chosen."""
+
+    name: str
+    config: ClusterConfig
+    why: str
+
+
+def choose(name: str | None) -> Place:
+    """The named cluster; without a name SLURM where it answers, else this machine.
+
+    Raises UserError where there is no such cluster, or where its file is wrong.
+    """
+    if name is not None:
+        return Place(name, load(name), "asked for")
+    # sbatch alone proves nothing: its package may be installed where no cluster is.
+    if Slurm(None).answers():
+        return Place("slurm", load("slurm"), "SLURM answers here")
+    return Place("local", load("local"), "no SLURM answers here")
+
+
+def load(name: str) -> ClusterConfig:
+    path = CLUSTERS / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
+        raise UserError(f"--cluster {name}: no such cluster in {CLUSTERS}; there are {there}")
+    return yaml_model.load(path, ClusterConfig)
+
+
+def split(nodes: int, gpus: int) -> Placement:
+    """Raises UserError where `gpus`, the total, does not divide over the nodes."""
+    if gpus % nodes:
+        below, above = gpus - gpus % nodes, gpus + nodes - gpus % nodes
+        near = " or ".join(f"--gpus {n}" for n in (below, above) if n)
+        raise UserError(
+            f"--gpus {gpus} is the total and does not divide over --nodes {nodes}; try {near}"
+        )
+    return Placement(nodes, gpus // nodes)
+
+
+def fit(place: Place, asked: Placement) -> ClusterConfig:
+    """The SLURM cluster's file, its gaps filled by what SLURM says of the partition.
+
+    Raises UserError where SLURM does not answer, or where the cluster is smaller than what is asked.
+    """
+    config, slurm = place.config, place.config.slurm()
+    slurm.require(place.name)
+    sizes = slurm.node_sizes(config.partition, config.gpu_type)
+    where = f"cluster {place.name}, partition {sizes[0].partition}"
+    limit = config.gpus_per_node
+    per_node = max(min(size.gpus, limit or size.gpus) for size in sizes)
+    if asked.ranks_per_node > per_node:
+        raise UserError(
+            f"{asked.ranks_per_node} GPUs on each node are asked;"
+            f" {where} has {per_node} on a node{_hint(asked, per_node)}"
+        )
+    suitable = [size for size in sizes if size.gpus >= asked.ranks_per_node]
+    most = min(len(suitable), config.nodes or len(suitable))
+    if asked.nodes > most:
+        kind = f" with {asked.ranks_per_node} GPUs" if len(suitable) < len(sizes) else ""
+        raise UserError(f"--nodes {asked.nodes} are asked; {where} has {count(most, 'node')}{kind}")
+    _check_time(config, sizes[0], where)
+    share = min(size.cpus // size.gpus for size in suitable)
+    return config.model_copy(
+        update={
+            "cpus_per_gpu": config.cpus_per_gpu or max(1, share),
+            "time_limit_min": config.time_limit_min or sizes[0].time_limit_min,
+        }
+    )
+
+
+def _hint(asked: Placement, per_node: int) -> str:
+    nodes = -(-asked.world_size // per_node) if per_node else 0
+    if nodes <= asked.nodes or asked.world_size % nodes:
+        return ""
+    return f"; try --nodes {nodes} --gpus {asked.world_size}"
+
+
+def _check_time(config: ClusterConfig, size: NodeSize, where: str) -> None:
+    wanted, limit = config.time_limit_min, size.time_limit_min
+    if wanted is not None and limit is not None and wanted > limit:
+        raise UserError(f"time_limit_min = {wanted}: {where} allows {limit} minutes")
+
+
+def fit_here(config: ClusterConfig, asked: Placement) -> tuple[Placement, str]:
+    """As many of the asked ranks as this machine holds, on one node; and what they run on.
+
+    By rule 2 of the design fewer ranks give the same result. One rank per GPU; without GPUs, one per core.
+    """
+    gpus = gpus_here()
+    holds = gpus or len(os.sched_getaffinity(0))
+    most = min(asked.world_size, holds, config.gpus_per_node or holds)
+    return Placement(1, most), count(most, "GPU") if gpus else f"CPU, {count(holds, 'core')}"
+
+
+def gpus_here() -> int:
+    """GPUs that PyTorch sees and may use."""
+    import torch  # seconds: not before what is asked has been checked
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")

@@ -1,0 +1,151 @@
+"""Hands a function to SLURM or to this machine, through submitit."""
+
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import submitit
+from submitit.core.utils import FailedJobError, environment_variables
+from submitit.helpers import clean_env
+from submitit.slurm.slurm import _make_sbatch_string
+
+from cvae.errors import UserError
+from slurm import job, local, supervisor
+from slurm.client import complaint
+from slurm.cluster import ClusterConfig, Place, Placement
+from slurm.queue import Submission
+from slurm.tries import Care
+
+
+class Job(NamedTuple):
+    """A function to be called once in every rank."""
+
+    name: str
+    folder: Path
+    """For submitit's files and the ranks' logs; on a file system that all nodes share."""
+    target: str
+    """module:function; named, so that neither the launcher nor a pickle need import it."""
+    arguments: tuple[Any, ...]
+    env: Mapping[str, str]
+    care: Care | None = None
+    """None: it is not tried again by itself."""
+
+
+def submit(what: Job, place: Place, placement: Placement, gpus: int) -> Submission:
+    """place.config: for SLURM as cluster.fit() gave it back. gpus: what was asked for.
+
+    Raises UserError where SLURM refuses the job.
+    """
+    started = 0.0
+    if place.config.executor == "slurm":
+        job_id = _to_slurm(what, place.config, placement)
+    else:
+        job_id = _to_this_machine(what, place.config, placement)
+        started = local.started_at(int(job_id))
+    return Submission(
+        time=time.time(),
+        cluster=place.name,
+        executor=place.config.executor,
+        job_id=job_id,
+        host=socket.gethostname(),
+        nodes=placement.nodes,
+        gpus=gpus,
+        world_size=placement.world_size,
+        slurm_conf=place.config.slurm_conf,
+        process_started=started,
+        command=shlex.join(sys.argv),
+    )
+
+
+def sbatch_script(what: Job, config: ClusterConfig, placement: Placement) -> str:
+    """The script that submit() hands to sbatch."""
+    command = shlex.join([sys.executable, *["-u", "-m", "submitit.core._submit"], str(what.folder)])
+    text: str = _make_sbatch_string(
+        command=command, folder=what.folder, **_parameters(what, config, placement)
+    )
+    return text
+
+
+def _to_slurm(what: Job, config: ClusterConfig, placement: Placement) -> str:
+    executor = submitit.SlurmExecutor(what.folder)
+    executor.update_parameters(**_parameters(what, config, placement))
+    # From within another job, its variables would shape this one.
+    inside: AbstractContextManager[Any] = (
+        clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+    )
+    environment = {**config.slurm().environment, **what.env}
+    try:
+        with inside, environment_variables(**environment):
+            return str(executor.submit(job.run, what.target, *what.arguments).job_id)
+    except FailedJobError as error:
+        raise UserError(f"SLURM says: {complaint(str(error))}") from None
+
+
+def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[str, Any]:
+    env = {**config.slurm().environment, **_environment(what, config)}
+    before: list[str] = []
+    after: list[str] = []
+    if what.care is not None:
+        before, after = supervisor.script_lines(what.folder, what.care, config.max_restarts)
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in env.items()]
+    # Each rank sees all GPUs of its job on its node and takes the one of its local rank: GPUs that are
+    # hidden from each other cannot talk over NVLink.
+    gpus = f"{config.gpu_type}:" if config.gpu_type else ""
+    cpus = config.cpus_per_gpu or 1
+    memory = (
+        f"{config.mem_per_gpu_gb * placement.ranks_per_node}G" if config.mem_per_gpu_gb else None
+    )
+    return {
+        "job_name": what.name,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "nodes": placement.nodes,
+        "ntasks_per_node": placement.ranks_per_node,
+        "gpus_per_node": f"{gpus}{placement.ranks_per_node}",
+        "cpus_per_task": cpus,
+        "mem": memory,
+        "time": config.time_limit_min or 0,  # 0: no limit
+        "signal_delay_s": config.grace_s,
+        "exclusive": True if config.exclusive else None,
+        "setup": exports + config.setup + before,
+        "teardown": after or None,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        # A site may have turned requeueing off for those who do not ask for it.
+        "additional_parameters": {"chdir": str(what.folder), "requeue": True},
+        # Since SLURM 22.05 srun does not take over sbatch's --cpus-per-task.
+        "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
+    }
+
+
+def _environment(what: Job, config: ClusterConfig) -> dict[str, str]:
+    env = {"CVAE_WATCHDOG_S": str(config.watchdog_s), **what.env, **config.env}
+    search = [
+        variables["PYTHONPATH"] for variables in (what.env, config.env) if "PYTHONPATH" in variables
+    ]
+    if search:
+        # The job's own code comes before what the cluster file adds.
+        env["PYTHONPATH"] = os.pathsep.join(search)
+    return env
+
+
+def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    executor = local.DetachedExecutor(what.folder)
+    executor.update_parameters(
+        tasks_per_node=placement.world_size,
+        env={**_environment(what, config), "CVAE_MASTER_PORT": str(port)},
+        care=what.care,
+        max_restarts=config.max_restarts,
+    )
+    return str(executor.submit(job.run, what.target, *what.arguments).job_id)

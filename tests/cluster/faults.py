@@ -1,0 +1,233 @@
+"""What the campaign does to a run. Each injection returns how the broken part is repaired."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory
+from slurm import tries
+from slurm.client import Slurm
+from slurm.testcluster import Cluster
+from slurm.testcluster.hosts import ClusterError
+from tests.cluster.test_life_cycle import rank_process
+from tests.ranks import lines
+from workflows import runs
+from workflows.run_state import last_submission
+
+Heal = Callable[[], None]
+
+
+class MlflowServer:
+    def __init__(self, home: Path, address: str):
+        self.home, self.database = home, home / "server.db"
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            self.address, self.port = probe.getsockname()
+        self.uri = f"http://{self.address}:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        words = ["--workers", "1", "--host", self.address, "--port", str(self.port)]
+        words += ["--backend-store-uri", f"sqlite:///{self.database}"]
+        words += ["--artifacts-destination", str(self.home / "artifacts")]
+        with open(self.home / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *words],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
+        (self.home / "server.pid").write_text(str(self.process.pid))
+
+    def kill(self) -> None:
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Field:
+    """The run under fire, and what it stands on."""
+
+    def __init__(
+        self, cluster: Cluster, run: RunDirectory, server: MlflowServer, dice: random.Random
+    ):
+        self.cluster, self.run, self.server, self.dice = cluster, run, server, dice
+        submission = last_submission(run)
+        assert submission is not None
+        self.job_id = submission.job_id
+        self.slurm = Slurm(str(cluster.slurm_conf))
+        self.acted = 0.0
+        """When the last fault struck; unix seconds."""
+
+    def has_noticed(self, since: float) -> bool:
+        """Whether the present try has been given up, by the run or by SLURM."""
+        ended = [one.ended or 0.0 for one in tries.read(self.run.logs, self.job_id)]
+        ends = [line["time"] for line in lines(self.run, "end")]
+        return (
+            max([*ended, *ends], default=0.0) > since
+            or self.slurm.job(self.job_id).phase == "queued"
+        )
+
+    def wait_for_checkpoint(self) -> None:
+        before, deadline = self.checkpoints(), time.monotonic() + 300
+        while self.checkpoints() <= before and time.monotonic() < deadline:
+            time.sleep(0.3)
+
+    def checkpoints(self) -> int:
+        return len(lines(self.run, "checkpoint"))
+
+    def rank(self) -> int:
+        return self.dice.randrange(2)
+
+
+class Fault(NamedTuple):
+    inject: Callable[[Field], Heal]
+    restarts: bool = True
+    seen: Callable[[Field, float], bool] = lambda field, since: True
+
+
+def _nothing() -> None:
+    pass
+
+
+def _kill_rank(field: Field) -> Heal:
+    rank_process(field.run, field.rank()).send_signal(signal.SIGKILL)
+    return _nothing
+
+
+def _stop_rank(field: Field) -> Heal:
+    rank_process(field.run, field.rank()).send_signal(signal.SIGSTOP)
+    return _nothing
+
+
+def _kill_slurmd(field: Field) -> Heal:
+    node = field.dice.choice(field.cluster.nodes)
+    node.kill_slurmd()
+    return node.start_slurmd
+
+
+def _cut_link(field: Field) -> Heal:
+    node = field.dice.choice(field.cluster.nodes)
+    node.cut_link()
+
+    def heal() -> None:
+        node.heal_link()
+        # Its slurmd would report within a minute.
+        with suppress(ClusterError):
+            node.kill_slurmd()
+        node.start_slurmd()
+
+    return heal
+
+
+def _requeue(field: Field) -> Heal:
+    field.cluster.command("scontrol", "requeue", field.job_id)
+    return _nothing
+
+
+def _preempt(field: Field) -> Heal:
+    wide = ["--nodes=2", "--gpus-per-node=4", "--output=/dev/null", "--wrap=hostname"]
+    field.cluster.command("sbatch", "--partition=urgent", *wide)
+    return _nothing
+
+
+def _time_limit(field: Field) -> Heal:
+    details = field.slurm.details(field.job_id)
+    hours, minutes, _ = details["RunTime"].split(":")
+    limit = 60 * int(hours.rpartition("-")[2]) + int(minutes) + 2
+    field.cluster.command("scontrol", "update", f"JobId={field.job_id}", f"TimeLimit={limit}")
+
+    def heal() -> None:
+        deadline = time.monotonic() + 30
+        while field.slurm.job(field.job_id).phase != "queued" and time.monotonic() < deadline:
+            time.sleep(0.3)
+        field.cluster.command("scontrol", "update", f"JobId={field.job_id}", "TimeLimit=60")
+
+    return heal
+
+
+def _kill_while_saving(field: Field) -> Heal:
+    process, deadline = rank_process(field.run, 0), time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(field.run.checkpoints.glob(".step-*.new")):
+            break
+    process.send_signal(signal.SIGKILL)
+    field.acted = time.time()
+    return _nothing
+
+
+def _corrupt_newest(field: Field) -> Heal:
+    process = rank_process(field.run, 0)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    newest = max(field.run.checkpoints.glob("step-*")) / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(content)
+    return _nothing
+
+
+def _fill_disk(field: Field) -> Heal:
+    filler = field.run.checkpoints / "filler"
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    return filler.unlink
+
+
+def _disk_was_full(field: Field, since: float) -> bool:
+    return any(
+        line["time"] > since and "could not be written" in line["message"]
+        for line in lines(field.run, "notice")
+    )
+
+
+def _kill_mlflow(field: Field) -> Heal:
+    field.server.kill()
+    return field.server.start
+
+
+def _a_while(field: Field, since: float) -> bool:
+    return time.time() > since + 10
+
+
+FAULTS = {
+    "SIGKILL of a rank": Fault(_kill_rank),
+    "SIGSTOP of a rank": Fault(_stop_rank),
+    "slurmd killed": Fault(_kill_slurmd),
+    "network of a host cut": Fault(_cut_link),
+    "scontrol requeue": Fault(_requeue),
+    "preemption": Fault(_preempt),
+    "time limit": Fault(_time_limit),
+    "SIGKILL during a checkpoint's write": Fault(_kill_while_saving),
+    "newest checkpoint corrupted": Fault(_corrupt_newest),
+    "disk full during a save": Fault(_fill_disk, False, _disk_was_full),
+    "MLflow's server killed": Fault(_kill_mlflow, False, _a_while),
+}
+
+
+def mount_small(folder: Path) -> None:
+    """A file system of 2 MB, which a filler soon makes full."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+
+
+def clean_up(home: Path) -> None:
+    """Ends what the campaign has started outside the cluster."""
+    with suppress(OSError, ValueError):
+        os.killpg(int((home / "server.pid").read_text()), signal.SIGKILL)
+    with suppress(UserError):
+        runs.main(["cancel", "quiet"])
+    if (home / "small").is_mount():
+        subprocess.run(["umount", "--lazy", str(home / "small")], check=False)

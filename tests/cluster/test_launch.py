@@ -1,0 +1,199 @@
+"""Launching on a real SLURM of two hosts: the queue, the ranks, the end of a rank, and one curve."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cvae.data.fashion_mnist import DEBIAN_FOLDER, prepare_fashion_mnist
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from slurm import cluster as clusters
+from slurm import executors, queue
+from slurm.cluster import ClusterConfig, Place, Placement
+from slurm.evidence import first_failure
+from slurm.executors import Job
+from slurm.queue import Submission
+from slurm.testcluster import Cluster
+from tests.conftest import PROJECT_ROOT, tiny_experiment
+from workflows import launch, runs
+
+pytestmark = pytest.mark.cluster
+STEPS, HALF = 200, 100
+
+
+def until(condition: Callable[[], object], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def start(*words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "workflows/launch.py", *words],
+        cwd=PROJECT_ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+@pytest.fixture
+def place(cluster: Cluster) -> Place:
+    config = clusters.load("testcluster").model_copy(update={"cpus_per_gpu": 2})
+    return Place("testcluster", config, "asked for")
+
+
+def submit(function: str, folder: Path, place: Place) -> Submission:
+    target = f"tests.slurm.targets:{function}"
+    job = Job("test", folder, target, (folder,), {"PYTHONPATH": str(PROJECT_ROOT)})
+    return executors.submit(job, place, Placement(2, 2), gpus=4)
+
+
+def test_ranks_are_told_their_place(place: Place, tmp_path: Path) -> None:
+    submission = submit("report", tmp_path, place)
+    until(lambda: not queue.look(submission).alive)
+    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [facts["RANK"] for facts in told] == ["0", "1", "2", "3"]
+    assert [facts["LOCAL_RANK"] for facts in told] == ["0", "1", "0", "1"]
+    for facts in told:
+        assert (facts["WORLD_SIZE"], facts["LOCAL_WORLD_SIZE"]) == ("4", "2")
+        assert facts["MASTER_ADDR"] == "cvae-node1"
+        assert facts["cpus"] == "2"
+        # All of its node's GPUs, not just the one of its local rank.
+        assert len(facts["CUDA_VISIBLE_DEVICES"].split(",")) == 2
+    assert len({facts["MASTER_PORT"] for facts in told}) == 1
+    assert queue.look(submission).word == "COMPLETED"
+
+
+def test_a_dead_rank_ends_the_job_and_is_named(place: Place, tmp_path: Path) -> None:
+    submission = submit("last_dies", tmp_path, place)
+    until(lambda: not queue.look(submission).alive, seconds=60)
+    failure = first_failure(tmp_path, submission.job_id)
+    assert failure is not None
+    assert (failure.rank, failure.host, failure.how) == (3, "cvae-node2", "Killed")
+    assert queue.look(submission).word == "FAILED"
+
+
+def test_a_queued_run_tells_why_it_waits_and_can_be_cancelled(
+    cluster: Cluster, tiny_store: Path, home: Path
+) -> None:
+    file = home / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_experiment()))
+    wide = ["--partition=main", "--nodes=2", "--gpus-per-node=4", "--time=10"]
+    blocker = cluster.command(
+        "sbatch", "--parsable", *wide, "--output=/dev/null", "--wrap=sleep 300"
+    )
+    try:
+        process = start(str(file), "--cluster", "testcluster", "--name", "q")
+        assert process.stdout is not None
+        seen = ""
+        while "waits for: " not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        with pytest.raises(UserError, match=r"q is queued \(job"):
+            runs.main(["resume", "q"])
+        assert runs.main(["cancel", "q"]) == 0
+        out = seen + process.communicate(timeout=60)[0]
+    finally:
+        cluster.command("scancel", blocker.strip())
+    assert "cancelled  q at step 0" in out
+    assert "before it began" in out
+    assert process.returncode == 3
+
+
+def test_what_slurm_says_is_asked_before_anything_is_written(
+    on_cluster: Cluster, tiny_store: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_experiment()))
+    for words, message in [
+        (["--nodes", "2", "--gpus", "10"], "testcluster, partition main has 4 on a node"),
+        (["--nodes", "3"], "testcluster, partition main has 2 nodes"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            launch.main([str(file), "--cluster", "testcluster", *words])
+    with pytest.raises(UserError, match=r"partition 'gpu'; there are .*main"):
+        clusters.fit(
+            Place("site", ClusterConfig(executor="slurm", partition="gpu"), ""), Placement(1, 1)
+        )
+    # Without --cluster: SLURM, as it answers.
+    assert launch.main([str(file), "--nodes", "2", "--gpus", "8", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "cluster slurm (SLURM answers here)" in out
+    assert "SLURM would take the job now" in out
+    assert "#SBATCH --nodes=2" in out
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.timeout(600)  # 3 jobs of 8 ranks, each of which imports torch, on however few cores
+def test_one_curve_and_bit_identical_after_scancel_and_resume(cluster: Cluster, home: Path) -> None:
+    """Eight ranks on two hosts follow the one-rank curve, and lose nothing when they are cancelled.
+
+    With a tenth of the published learning rate: at the published one, a unit whose input is within 1e-7 of
+    ReLU's kink in some of the 20 million cases falls on the other side of it, and Adam makes that a
+    deviation of up to 5e-4 within some 50 steps, with some seeds, also on one rank with accumulation.
+    """
+    if not DEBIAN_FOLDER.is_dir():
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    prepare_fashion_mnist(DEBIAN_FOLDER)
+    common = ("configs/fashion_mnist.yaml", "optimizer.lr=1e-4", "training.log_every=1")
+    common = (*common, f"training.max_steps={STEPS}", f"checkpoint.every_steps={HALF}")
+    eight = (*common, "--cluster", "testcluster", "--nodes", "2", "--gpus", "8")
+
+    one_rank = start(*common, "--cluster", "local", "--name", "one")
+    whole = start(*eight, "--name", "whole")
+    end(one_rank)
+    assert "finished  whole" in end(whole)
+    one, many = losses("one"), losses("whole")
+    assert list(one) == list(many) == list(range(1, STEPS + 1))
+    assert max(abs(many[step] - one[step]) / one[step] for step in one) < 1e-4
+    hosts = next(line for line in lines("whole") if line["kind"] == "start")["hosts"]
+    assert hosts == ["cvae-node1"] * 4 + ["cvae-node2"] * 4
+
+    # The first half of the same run, in two pieces: nothing in it depends on where the run will end.
+    end(start(*eight, f"training.max_steps={HALF}", "--name", "cut", "--detach"))
+    until(lambda: max(losses("cut"), default=0) >= 20)
+    cluster.command("scancel", RunDirectory(home / "runs" / "cut").submissions()[-1]["job_id"])
+    until(lambda: lines("cut")[-1]["kind"] == "end")
+    stopped = lines("cut")[-1]
+    assert (stopped["status"], stopped["step"] < HALF) == ("stopped", True)
+    until(lambda: _resumed("cut"))
+    assert losses("cut") == {step: many[step] for step in range(1, HALF + 1)}
+    assert checkpoint("cut", HALF) == checkpoint("whole", HALF) != checkpoint("whole", STEPS)
+
+
+def _resumed(name: str) -> bool:
+    """Resumes and follows to the end; False while SLURM still cleans up after the cancelled job."""
+    try:
+        return runs.main(["resume", name]) == 0
+    except UserError:
+        return False
+
+
+def lines(name: str) -> list[dict]:  # type: ignore[type-arg]
+    run = RunDirectory.open(name)
+    return journal.read(run.journal_file)[0]
+
+
+def losses(name: str) -> dict[int, float]:
+    return {x["step"]: x["metrics"]["train/loss"] for x in lines(name) if x["kind"] == "step"}
+
+
+def checkpoint(name: str, step: int) -> dict[str, bytes]:
+    folder = RunDirectory.open(name).checkpoints / f"step-{step:08d}"
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}

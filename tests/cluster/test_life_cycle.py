@@ -1,0 +1,110 @@
+"""One run through what a run meets on SLURM; nobody helps it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cvae.config import Experiment
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from slurm import cluster as clusters
+from slurm import queue, tries
+from slurm.cluster import Place, Placement
+from slurm.testcluster import Cluster
+from slurm.tries import Try
+from tests.cluster.test_launch import until
+from tests.conftest import tiny_experiment
+from workflows import runs
+from workflows.run_state import last_submission
+from workflows.submission import submit_new
+
+pytestmark = pytest.mark.cluster
+
+
+def rank_process(run: RunDirectory, rank: int) -> psutil.Process:
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            # srun's command line has all of a rank's in it.
+            ours = words[1:4] == ["-u", "-m", "submitit.core._submit"] and words[-1] == str(
+                run.logs
+            )
+            if ours and process.environ().get("SLURM_PROCID") == str(rank):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def told(run: RunDirectory) -> list[Try]:
+    submission = last_submission(run)
+    assert submission is not None
+    return tries.read(run.logs, submission.job_id)
+
+
+def lines(run: RunDirectory, kind: str) -> list[dict]:  # type: ignore[type-arg]
+    return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
+
+
+def end(run: RunDirectory) -> None:
+    """A test that has failed leaves no job behind that goes on for ever."""
+    submission = last_submission(run)
+    if submission is not None and queue.look(submission).alive:
+        runs.main(["cancel", run.name])
+
+
+def until_trained(run: RunDirectory, starts: int) -> None:
+    """The start of that number, and then a new checkpoint."""
+    until(lambda: len(lines(run, "start")) >= starts)
+    before = len(lines(run, "checkpoint"))
+    until(lambda: len(lines(run, "checkpoint")) > before)
+
+
+def test_preempted_crashed_and_cancelled(
+    on_cluster: Cluster,
+    tiny_store: Path,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    config = clusters.load("testcluster").model_copy(update={"partition": "graceful"})
+    plain = tiny_experiment(epochs=100_000, eval_every=100_000, log_every=20)
+    experiment = Experiment.model_validate({**plain, "checkpoint": {"every_steps": 100}})
+    place = Place("testcluster", config, "asked for")
+    run = submit_new("r", experiment, place, Placement(1, 2), gpus=2)
+    request.addfinalizer(lambda: end(run))
+    until_trained(run, 1)
+
+    # In this partition a preempted job gets a signal and time; going on is its own business.
+    command = ["srun", "--partition=urgent", "--nodes=2", "--gpus-per-node=4", "hostname"]
+    on_cluster.command(*command)
+    until_trained(run, 2)
+    stopped = lines(run, "end")[-1]
+    assert stopped["status"] == "stopped"
+    assert lines(run, "start")[-1]["step"] == stopped["step"], "not a step was lost"
+
+    killed = time.time()
+    rank_process(run, 1).send_signal(signal.SIGKILL)
+    until(lambda: len(told(run)) == 3)
+    assert (told(run)[1].ended or 0) - killed < 60
+    until_trained(run, 3)
+    assert [one.cause for one in told(run)] == ["preempted", "crash", None]
+    assert f"rank 1 on {told(run)[1].node}: Killed" in lines(run, "end")[-1]["reason"]
+    assert len({line["code"] for line in lines(run, "start")}) == 1
+
+    # To cancel is to stop, and not to be preempted.
+    assert runs.main(["cancel", "r"]) == 0
+    submission = last_submission(run)
+    assert submission is not None
+    until(lambda: not queue.look(submission).alive)
+    assert (told(run)[-1].cause, told(run)[-1].restarts) == ("cancelled", False)
+    assert os.listdir(run.checkpoints)
+    capsys.readouterr()
+    assert runs.main(["show", "r"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("preempted: SIGTERM at step", f"rank 1 on {told(run)[1].node}: Killed"):
+        assert words in shown

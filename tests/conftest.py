@@ -1,0 +1,110 @@
+"""What tests of every folder share: a home of their own, and a tiny prepared store in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry, file_sha256
+
+# Tiny models gain nothing from a second thread, and on a busy machine the threads' barriers, which spin, make
+# them twenty times slower. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+TEXT_DIM = 12
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty $CVAE_HOME: nothing that a test makes lands in the project."""
+    monkeypatch.setenv("CVAE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_store(home: Path) -> Path:
+    """data/tiny-16: grey 16×16 squares of three classes, 50 for training and 21 for evaluation."""
+    return write_store(home, captioned=False)
+
+
+@pytest.fixture
+def tiny_captioned_store(home: Path) -> Path:
+    """data/tinytext-16: the same with captions, one to three an image, encoded by "toy"."""
+    return write_store(home, captioned=True)
+
+
+def write_store(home: Path, captioned: bool, sizes: tuple[int, int] = (50, 21)) -> Path:
+    generator = np.random.default_rng(7)
+    root = home / "data" / ("tinytext-16" if captioned else "tiny-16")
+    splits = {}
+    for name, count in zip(("train", "val"), sizes, strict=True):
+        folder = root / name
+        folder.mkdir(parents=True)
+        labels = generator.integers(0, 3, count)
+        images = generator.integers(0, 40, (count, 1, 16, 16)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[0, 4 * label : 4 * label + 5, 3:9] += 190
+        np.save(folder / "images.npy", images)
+        np.save(folder / "ids.npy", np.arange(count))
+        captions = 0
+        if captioned:
+            offsets = np.concatenate([[0], np.cumsum(generator.integers(1, 4, count))])
+            captions = int(offsets[-1])
+            np.save(folder / "caption_offsets.npy", offsets)
+            texts = [f"{name} caption {n}" for n in range(captions)]
+            (folder / "captions.json").write_text(json.dumps(texts))
+            (folder / "text").mkdir()
+            embeddings = generator.standard_normal((captions, TEXT_DIM)).astype(np.float32)
+            np.save(folder / "text" / "toy.npy", embeddings)
+        else:
+            np.save(folder / "labels.npy", labels)
+        files = {
+            str(file.relative_to(folder)): FileEntry(
+                bytes=file.stat().st_size, sha256=file_sha256(file)
+            )
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        splits[name] = SplitManifest(
+            source={}, images=count, captions=captions, skipped=[], files=files
+        )
+    toy = TextEncoderEntry(
+        dim=TEXT_DIM, hash="0", pooling="masked mean", max_tokens=9, truncated={}
+    )
+    manifest = Manifest(
+        dataset=root.name.rpartition("-")[0],
+        image_size=16,
+        channels=1,
+        classes=None if captioned else ["low", "middle", "high"],
+        splits=splits,
+        text_encoders={"toy": toy} if captioned else {},
+    )
+    (root / "manifest.json").write_text(manifest.to_json())
+    return root
+
+
+def tiny_experiment(captioned: bool = False, **training: object) -> dict[str, Any]:
+    """The plain data of an experiment on the tiny store; training: keys of that block."""
+    return {
+        "name": "tiny",
+        "data": {
+            "name": "tinytext" if captioned else "tiny",
+            "image_size": 16,
+            "text_encoder": "toy" if captioned else None,
+        },
+        "model": {
+            "backbone": "conv" if captioned else "mlp",
+            "condition": "text" if captioned else "label",
+            "latent_dim": 4,
+            "likelihood": "gaussian" if captioned else "bernoulli",
+            "mlp": {"hidden_dim": 32},
+            "conv": {"width": 4},
+        },
+        "optimizer": {"lr": 1e-3},
+        "training": {"epochs": 4, "global_batch_size": 10, "log_every": 1, **training},
+    }

@@ -1,0 +1,46 @@
+"""What happens around a run between two tries."""
+
+import fcntl
+import threading
+from pathlib import Path
+
+import pytest
+
+from cvae.config import Experiment
+from cvae.run_directory import RunDirectory
+from cvae.training.aftermath import note_bad_end
+from cvae.training.journal import Journal
+from cvae.training.train import _locked
+from tests.conftest import tiny_experiment
+from tests.ranks import lines
+
+
+@pytest.fixture
+def run(home: Path) -> RunDirectory:
+    run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
+    journal = Journal(run.journal_file)
+    journal.append("start", step=40)
+    journal.append("step", step=57, metrics={"train/loss": 1.0})
+    journal.close()
+    return run
+
+
+def test_the_cause_becomes_the_journals_last_line(run: RunDirectory) -> None:
+    note_bad_end(str(run.path), "rank 3 on n2: Killed", restarts=True)
+    (end,) = lines(run, "end")
+    assert (end["status"], end["step"], end["reason"]) == ("failed", 57, "rank 3 on n2: Killed")
+
+
+def test_a_rank_that_lives_on_out_of_reach_is_the_only_writer(run: RunDirectory) -> None:
+    with open(run.path / "train.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        note_bad_end(str(run.path), "node n1 failed", restarts=True)
+    assert lines(run, "end") == []
+
+
+def test_the_next_try_waits_for_the_last_one_to_be_gone(run: RunDirectory) -> None:
+    with open(run.path / "train.lock", "a") as dying, open(run.path / "train.lock", "a") as ours:
+        fcntl.flock(dying, fcntl.LOCK_EX)
+        assert not _locked(ours, 0.0)
+        threading.Timer(0.7, lambda: fcntl.flock(dying, fcntl.LOCK_UN)).start()
+        assert _locked(ours, 30.0)

@@ -1,0 +1,232 @@
+"""A run is a function of (experiment, seed): not of ranks, accumulation, kills or signals."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cvae.run_directory import RunDirectory
+from cvae.training import train as training
+from cvae.training.train import Outcome, train
+from tests import ranks
+from tests.conftest import tiny_experiment, write_store
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> object:
+    """train() takes SIGTERM for itself; give it back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def alone(name: str, plain: dict[str, object]) -> RunDirectory:
+    run = ranks.new_run(name, plain)
+    assert train(run.path, mirrored=False).status == "finished"
+    return run
+
+
+def assert_same_curve(one: RunDirectory, other: RunDirectory) -> None:
+    np.testing.assert_allclose(ranks.losses(one), ranks.losses(other), rtol=1e-4)
+    for a, b in zip(ranks.lines(one, "epoch"), ranks.lines(other, "epoch"), strict=True):
+        assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-4)
+
+
+def with_every_option(plain: dict[str, Any]) -> dict[str, Any]:
+    """What carries state of its own, or weighs the loss by the step, in one captioned experiment."""
+    model = {
+        "fusion": "film",
+        "prior": "text",
+        "likelihood": "optimal_gaussian",
+        "beta_warmup_steps": 7,
+        "free_bits": 0.05,
+        "standardize_condition": True,
+    }
+    return {
+        **plain,
+        "data": {**plain["data"], "fraction": 0.6},
+        "model": {**plain["model"], **model},
+    }
+
+
+@pytest.mark.parametrize("kind", ["labels", "captions", "every option"])
+def test_ranks_and_accumulation_follow_one_curve(home: Path, kind: str) -> None:
+    captioned = kind != "labels"
+    write_store(home, captioned)
+    options = with_every_option if kind == "every option" else dict
+    plain = options(tiny_experiment(captioned))
+    one = alone("one", plain)
+    assert ranks.steps(one) == list(range(1, 13 if kind == "every option" else 21))
+    assert [line["epoch"] for line in ranks.lines(one, "epoch")] == [1, 2, 3, 4]
+    accumulated = alone("accumulated", options(tiny_experiment(captioned, micro_batch_size=3)))
+    assert_same_curve(one, accumulated)
+    # Ten images over three ranks: uneven shares, and one of them is cut in two.
+    three = ranks.new_run("three", options(tiny_experiment(captioned, micro_batch_size=3)))
+    ranks.train(three, 3)
+    assert ranks.lines(three, "start")[0]["world_size"] == 3
+    assert_same_curve(one, three)
+
+
+def test_learning_happens(tiny_store: Path) -> None:
+    run = alone("learns", tiny_experiment(epochs=40))
+    val = [line["metrics"]["val/loss"] for line in ranks.lines(run, "epoch")]
+    assert val[-1] < 0.8 * val[0]
+    saved = [line for line in ranks.lines(run, "checkpoint") if line["best"]]
+    assert saved[-1]["step"] == 5 * (1 + int(np.argmin(val)))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "moments", "steps"), [(1, [130, 410], 600), (3, [130], 300)]
+)
+def test_killed_and_resumed_is_bit_identical(
+    home: Path, world_size: int, moments: list[int], steps: int
+) -> None:
+    captioned = world_size == 1
+    write_store(home, captioned)
+    plain = tiny_experiment(captioned, epochs=1000, eval_every=20, ema_decay=0.9)
+    plain["training"]["max_steps"] = steps
+    plain["checkpoint"] = {"every_steps": 50}
+    if captioned:
+        plain = with_every_option(plain)
+        plain["model"]["backbone"] = "mlp"
+    undisturbed = ranks.new_run("undisturbed", plain)
+    ranks.train(undisturbed, world_size)
+    killed = ranks.new_run("killed", plain)
+    for moment in moments:
+        processes = ranks.start(killed, world_size)
+        ranks.wait_for_step(killed, moment)
+        for process in processes:
+            process.kill()
+        ranks.finish(processes)
+        assert not ranks.lines(killed, "end")
+    ranks.train(killed, world_size)
+    resumed_at = [line["step"] for line in ranks.lines(killed, "start")][1:]
+    assert all(at >= moment - 100 for at, moment in zip(resumed_at, moments, strict=True))
+    assert ranks.weights(killed) == ranks.weights(undisturbed)
+    assert ranks.steps(killed) == ranks.steps(undisturbed) == list(range(1, steps + 1))
+    assert ranks.losses(killed) == ranks.losses(undisturbed)
+
+
+def test_a_signal_to_one_rank_stops_and_saves_all(tiny_store: Path) -> None:
+    plain = tiny_experiment(epochs=120, eval_every=1000)
+    undisturbed = alone("undisturbed", plain)
+    run = ranks.new_run("signalled", plain)
+    processes = ranks.start(run, 2)
+    ranks.wait_for_step(run, 20)
+    processes[1].send_signal(signal.SIGTERM)
+    said = ranks.finish(processes)
+    end = ranks.lines(run, "end")[-1]
+    assert end["status"] == "stopped"
+    assert "SIGTERM" in end["reason"]
+    assert all(f"step={end['step']}" in text for text in said)
+    assert ranks.lines(run, "checkpoint")[-1]["step"] == end["step"] < 600
+    assert train(run.path, mirrored=False).status == "finished"  # now on one rank
+    assert ranks.lines(run, "start")[-1]["step"] == end["step"]
+    assert_same_curve(undisturbed, run)
+
+
+def test_nan_stops_all_ranks_and_names_the_step(tiny_store: Path) -> None:
+    plain = {**tiny_experiment(epochs=40, log_every=7), "optimizer": {"lr": 1e30}}
+    run = ranks.new_run("nan", plain)
+    said = ranks.train(run, 2)
+    outcome = ranks.lines(run, "end")[-1]
+    assert outcome["status"] == "failed"
+    assert f"not finite at step {outcome['step']}" in outcome["reason"]
+    assert all("status='failed'" in text for text in said)
+    # The step is the first one, whichever was the last to be logged.
+    assert 1 < outcome["step"] <= 14
+    finite = [step for step in ranks.lines(run, "step") if step["step"] < outcome["step"]]
+    assert all(np.isfinite(line["metrics"]["train/loss"]) for line in finite)
+
+
+def test_the_last_good_checkpoint_survives_nan(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_experiment(epochs=4)
+    rate = training.learning_rate
+    monkeypatch.setattr(
+        training,
+        "learning_rate",
+        lambda o, step, n: float("nan") if step == 11 else rate(o, step, n),
+    )
+    run = ranks.new_run("late", plain)
+    outcome = train(run.path, mirrored=False)
+    assert outcome.status == "failed"
+    assert (
+        outcome.step == 13
+    )  # the update of step 12 spoilt the weights, the loss of step 13 shows it
+    assert "last good checkpoint is step-00000010" in outcome.reason
+    monkeypatch.undo()
+    monkeypatch.setenv("CVAE_HOME", str(run.path.parent.parent))
+    assert train(run.path, mirrored=False) == Outcome("finished", 20, "")
+    assert_same_curve(alone("undisturbed", plain), run)
+
+
+def test_a_second_trainer_is_refused(tiny_store: Path) -> None:
+    run = ranks.new_run("busy", tiny_experiment(epochs=1200))
+    first = ranks.start(run, 1)
+    ranks.wait_for_step(run, 3)
+    written = len(ranks.lines(run, "start"))
+    said = ranks.train(run, 1)[0]
+    assert "is being trained by another process already" in said
+    assert len(ranks.lines(run, "start")) == written
+    assert not ranks.lines(run, "end")
+    for process in first:
+        process.kill()
+    ranks.finish(first)
+
+
+def test_damaged_checkpoint_falls_back_aloud(tiny_store: Path) -> None:
+    plain = tiny_experiment()
+    undisturbed = alone("undisturbed", plain)
+    run = ranks.new_run("damaged", {**plain, "training": {**plain["training"], "max_steps": 15}})  # type: ignore[dict-item]
+    train(run.path, mirrored=False)
+    run.experiment_file.write_text(undisturbed.experiment_file.read_text())
+    newest = run.checkpoints / "step-00000015" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    assert train(run.path, mirrored=False).status == "finished"
+    assert "step-00000015 is damaged" in ranks.lines(run, "notice")[0]["message"]
+    assert ranks.lines(run, "start")[-1]["step"] == 10
+    assert ranks.weights(run) == ranks.weights(undisturbed)
+
+
+def test_other_data_are_refused_on_resume(home: Path) -> None:
+    store = write_store(home, captioned=False)
+    run = ranks.new_run("moved", tiny_experiment(max_steps=5))
+    train(run.path, mirrored=False)
+    manifest = store / "manifest.json"
+    digest = ranks.lines(run, "start")[0]["data_digest"]
+    assert digest
+    text = manifest.read_text()
+    first = text.index('"sha256": "') + len('"sha256": "')
+    manifest.write_text(text[:first] + ("0" if text[first] != "0" else "1") + text[first + 1 :])
+    outcome = train(run.path, mirrored=False)
+    assert outcome.status == "failed"
+    assert "was trained on other data" in outcome.reason
+
+
+def test_more_ranks_than_images_is_one_line(tiny_store: Path) -> None:
+    run = ranks.new_run("crowded", tiny_experiment(global_batch_size=1))
+    said = ranks.train(run, 2)
+    assert all("leaves some of 2 ranks without an image" in text for text in said)
+    assert "Traceback" not in "".join(said)
+
+
+def test_ema_is_the_average_of_the_weights(tiny_store: Path) -> None:
+    """One step: ema = decay · initial + (1 − decay) · new."""
+    from safetensors.torch import load_file
+
+    from cvae.models.cvae import build_model
+
+    run = alone("ema", tiny_experiment(max_steps=1, ema_decay=0.75))
+    initial = build_model(run.experiment().model, (1, 16, 16), 3, 0).state_dict()
+    folder = run.checkpoints / "step-00000001"
+    new, ema = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
+    for name, value in ema.items():
+        torch.testing.assert_close(value, 0.75 * initial[name] + 0.25 * new[name])

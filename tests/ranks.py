@@ -1,0 +1,100 @@
+"""Real ranks on this machine: one process each, found by torch's environment variables.
+
+`python -m tests.ranks RUN_PATH` is what each of them runs.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cvae.config import Experiment
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from tests.conftest import PROJECT_ROOT
+
+_PATIENCE_S = 120
+
+
+def start(run: RunDirectory, world_size: int) -> list["subprocess.Popen[str]"]:
+    return start_python(["-m", "tests.ranks", str(run.path)], world_size)
+
+
+def start_python(arguments: list[str], world_size: int) -> list["subprocess.Popen[str]"]:
+    """`python arguments` as each of the ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=PROJECT_ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list["subprocess.Popen[str]"], patience_s: float = _PATIENCE_S) -> list[str]:
+    """What each rank printed; fails where one of them takes longer than that, two minutes."""
+    try:
+        return [process.communicate(timeout=patience_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def train(run: RunDirectory, world_size: int) -> list[str]:
+    return finish(start(run, world_size))
+
+
+def wait_for_step(run: RunDirectory, step: int) -> None:
+    wait_until(lambda: max(steps(run), default=0) >= step)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [line["step"] for line in lines(run, "step")]
+
+
+def losses(run: RunDirectory) -> list[float]:
+    return [line["metrics"]["train/loss"] for line in lines(run, "step")]
+
+
+def lines(run: RunDirectory, kind: str) -> list[dict]:  # type: ignore[type-arg]
+    return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
+
+
+def new_run(name: str, plain: dict[str, object]) -> RunDirectory:
+    return RunDirectory.create(name, Experiment.model_validate(plain))
+
+
+def weights(run: RunDirectory) -> dict[str, bytes]:
+    """The last checkpoint's files, byte by byte."""
+    last = sorted(run.checkpoints.glob("step-*"))[-1]
+    return {file.name: file.read_bytes() for file in sorted(last.iterdir())}
+
+
+if __name__ == "__main__":
+    from cvae.training.train import train as train_rank
+
+    print(train_rank(Path(sys.argv[1]), mirrored=False))

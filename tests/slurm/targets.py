@@ -1,0 +1,76 @@
+"""What the jobs of these tests run in their ranks: no model, no torch, quick to start."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cvae.errors import UserError
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Result(NamedTuple):
+    status: str
+
+
+def report(folder: Path) -> None:
+    facts = {name: os.environ.get(name) for name in (*VARIABLES, "COLOUR", "CUDA_VISIBLE_DEVICES")}
+    facts["cpus"] = os.environ.get("SLURM_CPUS_PER_TASK")
+    facts["session"] = str(os.getsid(0))
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(facts))
+
+
+def wait(folder: Path) -> None:
+    """Until SIGTERM; then takes a moment to save."""
+    stopped: list[Any] = []
+    signal.signal(signal.SIGTERM, lambda *arguments: stopped.append(arguments))
+    rank = os.environ["RANK"]
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    deadline = time.monotonic() + 120  # should the test have failed
+    while not stopped and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    (folder / f"saved-{rank}").touch()
+
+
+def last_dies(folder: Path) -> None:
+    """The last rank is killed as by the kernel for its memory; the others would wait for it."""
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(120)
+
+
+def refuse(folder: Path) -> None:
+    raise UserError("the rope\nis too short")
+
+
+def second_raises(folder: Path) -> None:
+    """Rank 1 is the cause; rank 0 notices the consequence a little earlier by its own clock."""
+    if os.environ["RANK"] == "0":
+        raise RuntimeError("gloo: Connection closed by peer")
+    time.sleep(0.3)
+    raise ValueError("the cause")
+
+
+def unhappy(folder: Path) -> Result:
+    return Result("failed")
+
+
+def stumble(folder: Path) -> None:
+    """Gets a step further each time, and dies after the first two."""
+    done = len(list(folder.glob("step-*")))
+    (folder / f"step-{done}").touch()
+    if done < 2:
+        os._exit(1)
+
+
+def segfault(folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def note(argument: str, how: str, restarts: bool) -> None:
+    with (Path(argument) / "noted").open("a") as file:
+        file.write(f"{how}, restarts {restarts}\n")

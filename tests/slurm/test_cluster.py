@@ -1,0 +1,170 @@
+"""The cluster file, what is asked of a cluster, and the sbatch script that comes of it."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cvae import yaml_model
+from cvae.errors import UserError
+from slurm import cluster, executors
+from slurm.client import NodeSize, Slurm, complaint, gpus_of
+from slurm.cluster import ClusterConfig, Place, Placement
+from slurm.executors import Job
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in cluster.CLUSTERS.glob("*.yaml")))
+def test_shipped_clusters_can_be_read(name: str) -> None:
+    assert cluster.load(name).executor in ("slurm", "local")
+
+
+def test_gpus_are_the_total() -> None:
+    assert cluster.split(2, 8) == Placement(nodes=2, ranks_per_node=4)
+    with pytest.raises(UserError, match=r"--gpus 7 .* --nodes 2; try --gpus 6 or --gpus 8"):
+        cluster.split(2, 7)
+    with pytest.raises(UserError, match=r"try --gpus 3$"):
+        cluster.split(3, 2)
+
+
+def test_an_unknown_cluster_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"--cluster v10: .* there are local, slurm, .*v100"):
+        cluster.choose("v10")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("executor: slurm\npartion: gpu", "partion = 'gpu': unknown key; did you mean partition?"),
+        ("executor: local\npartition: gpu", "executor = 'local' has no partition"),
+        ("executor: slurm\nnodes: '2'", "nodes = '2'"),
+        (
+            "executor: slurm\ntime_limit_min: 2\ngrace_s: 60",
+            "grace_s = 60 must be at least a minute shorter",
+        ),
+        ("nodes: 2", "executor: missing"),
+    ],
+)
+def test_mistakes_in_a_cluster_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        yaml_model.load(file, ClusterConfig)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gres", "kind", "gpus"),
+    [
+        ("gpu:4", None, 4),
+        ("gpu:v100:4(S:0-1)", None, 4),
+        ("gpu:v100:4(S:0-1)", "v100", 4),
+        ("gpu:v100:4(S:0-1)", "a100", 0),
+        ("shard:8,gpu:a100:2,gpu:v100:1", None, 3),
+        ("shard:8,gpu:a100:2,gpu:v100:1", "v100", 1),
+        ("(null)", None, 0),
+    ],
+)
+def test_gpus_in_slurms_notation(gres: str, kind: str | None, gpus: int) -> None:
+    assert gpus_of(gres, kind) == gpus
+
+
+def test_of_slurms_many_lines_the_telling_one_is_kept() -> None:
+    stderr = (
+        "sbatch: error: invalid partition specified: nope\n"
+        "sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    )
+    assert complaint(stderr) == "Batch job submission failed: Invalid partition name specified"
+
+
+class _Sizes(Slurm):
+    """A cluster that is not at hand: two nodes of four GPUs and one of eight, limit one day."""
+
+    def require(self, name: str) -> None:
+        pass
+
+    def node_sizes(self, partition: str | None, gpu_type: str | None) -> list[NodeSize]:
+        return [NodeSize("gpu", gpus, 32, 1440) for gpus in (4, 4, 8)]
+
+
+def _site(monkeypatch: pytest.MonkeyPatch, **keys: object) -> Place:
+    monkeypatch.setattr(ClusterConfig, "slurm", lambda self: _Sizes(None))
+    return Place("site", ClusterConfig.model_validate({"executor": "slurm", **keys}), "asked for")
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked", "message"),
+    [
+        ({}, Placement(4, 4), "--nodes 4 are asked; cluster site, partition gpu has 3 nodes"),
+        ({}, Placement(2, 8), "has 1 node with 8 GPUs"),
+        ({}, Placement(1, 16), "16 GPUs on each node .* has 8 on a node; try --nodes 2 --gpus 16"),
+        ({"gpus_per_node": 4}, Placement(1, 8), "has 4 on a node; try --nodes 2 --gpus 8"),
+        ({"nodes": 1}, Placement(2, 4), "has 1 node"),
+        (
+            {"time_limit_min": 1500},
+            Placement(1, 4),
+            "time_limit_min = 1500: .* allows 1440 minutes",
+        ),
+    ],
+)
+def test_more_than_the_cluster_has(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], asked: Placement, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        cluster.fit(_site(monkeypatch, **keys), asked)
+
+
+def test_gaps_of_the_file_are_filled_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = cluster.fit(_site(monkeypatch), Placement(3, 4))
+    assert (fitted.cpus_per_gpu, fitted.time_limit_min) == (4, 1440)
+    told = cluster.fit(_site(monkeypatch, cpus_per_gpu=2, time_limit_min=60), Placement(3, 4))
+    assert (told.cpus_per_gpu, told.time_limit_min) == (2, 60)
+
+
+def test_this_machine_holds_no_more_ranks_than_cores_or_gpus() -> None:
+    holds, _ = cluster.fit_here(ClusterConfig(executor="local"), Placement(2, 4096))
+    assert holds.nodes == 1
+    assert 1 <= holds.ranks_per_node < 4096
+    assert cluster.fit_here(ClusterConfig(executor="local"), Placement(1, 1))[0] == Placement(1, 1)
+
+
+def test_the_sbatch_script(tmp_path: Path) -> None:
+    config = ClusterConfig(
+        executor="slurm",
+        partition="gpu",
+        account="physics",
+        constraint="v100&32gb",
+        gpu_type="v100",
+        cpus_per_gpu=8,
+        mem_per_gpu_gb=40,
+        time_limit_min=90,
+        grace_s=300,
+        setup=["module load cuda/12.6"],
+        env={"NCCL_DEBUG": "WARN"},
+    )
+    job = Job("run-1", tmp_path / "log folder", "m:f", (), {"CVAE_HOME": "/a b"})
+    script = executors.sbatch_script(job, config, Placement(2, 4))
+    for line in (
+        "#SBATCH --job-name=run-1",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=physics",
+        "#SBATCH --constraint='v100&32gb'",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=v100:4",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --mem=160G",
+        "#SBATCH --time=90",
+        "#SBATCH --signal=USR2@300",
+        "export CVAE_HOME='/a b'",
+        "export NCCL_DEBUG=WARN",
+        "module load cuda/12.6",
+    ):
+        assert line in script.splitlines()
+    srun = script.strip().splitlines()[-1]
+    assert "--cpus-per-task=8 --kill-on-bad-exit=1" in srun
+    assert script.index("module load") < script.index("srun ")
+    assert "wckey" not in script
+    assert not (tmp_path / "log folder").exists()
+    # What is in quotes above is quoted for a shell.
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)

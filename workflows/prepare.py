@@ -1,0 +1,170 @@
+"""Prepares a data set once, so that training only reads memory-mapped arrays.
+
+python workflows/prepare.py fashion_mnist      Fashion-MNIST, 28×28, ten classes
+python workflows/prepare.py scenes             the demo's drawn scenes, 64×64, with captions
+python workflows/prepare.py coco --root DIR    an official MS COCO download (--download fetches it)
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+from cvae.data.building import Prepared
+from cvae.data.coco import prepare_coco
+from cvae.data.coco_download import download_coco
+from cvae.data.fashion_mnist import prepare_fashion_mnist
+from cvae.data.scenes_coco import TRAIN_IMAGES, prepare_scenes
+from cvae.data.store import Skipped, store_path
+from cvae.data.text import MINILM
+from cvae.errors import UserError
+from slurm import cluster
+from workflows import prepare_job
+from workflows.command_line import Parser, positive, run
+from workflows.text import duration, shown
+
+_MOST_REASONS = 5
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    start = time.monotonic()
+    prepared: Prepared = options.prepare(options)
+    _tell(prepared, time.monotonic() - start)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    datasets = parser.add_subparsers(metavar="DATASET", required=True)
+
+    fashion_mnist = datasets.add_parser("fashion_mnist", help="Fashion-MNIST, labelled")
+    fashion_mnist.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="folder of the four idx or idx.gz files (default: Debian's package "
+        "dataset-fashion-mnist, else a download)",
+    )
+    fashion_mnist.set_defaults(prepare=lambda options: prepare_fashion_mnist(options.source))
+
+    scenes = datasets.add_parser("scenes", help="the demo: drawn scenes with captions")
+    scenes.add_argument(
+        "--count",
+        type=positive,
+        default=TRAIN_IMAGES,
+        metavar="N",
+        help="training images; a tenth as many for validation (default: %(default)s)",
+    )
+    _add_text(scenes, MINILM)
+    scenes.set_defaults(
+        prepare=lambda options: prepare_scenes(options.count, text_encoder=options.text)
+    )
+
+    coco = datasets.add_parser("coco", help="MS COCO with its captions")
+    coco.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder that holds annotations/, train2017/, val2017/",
+    )
+    coco.add_argument(
+        "--split", nargs="+", default=["train2017", "val2017"], metavar="FOLDER", help="of images"
+    )
+    coco.add_argument("--size", type=positive, default=64, help="height and width in pixels")
+    coco.add_argument(
+        "--crop",
+        action="store_true",
+        help="cut the centre square of each image instead of squeezing the whole image",
+    )
+    _add_text(coco, "bert-base-uncased")
+    coco.add_argument(
+        "--download",
+        action="store_true",
+        help="first fetch what --root lacks of the official archives, checked; goes on where it was",
+    )
+    ranks = coco.add_argument_group("on several GPUs or nodes (default: in this process)")
+    ranks.add_argument("--nodes", type=positive, metavar="N")
+    ranks.add_argument(
+        "--gpus", type=positive, metavar="G", help="in total (default: one per node)"
+    )
+    ranks.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="configs/clusters/NAME.yaml (default: SLURM where it answers, else this machine)",
+    )
+    coco.set_defaults(prepare=_prepare_coco)
+    return parser
+
+
+def _prepare_coco(options: argparse.Namespace) -> Prepared:
+    splits = _splits(options.split)
+    fill = None
+    if options.nodes or options.gpus or options.cluster:
+        nodes = options.nodes or 1
+        fill = prepare_job.filler(cluster.split(nodes, options.gpus or nodes), options.cluster)
+    if options.download:
+        download_coco(options.root, options.split)
+    prepare_job.end_leftover(store_path("coco", options.size))
+    return prepare_coco(
+        options.root, splits, options.size, options.text, crop=options.crop, fill=fill
+    )
+
+
+def _add_text(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--text",
+        default=default,
+        metavar="ENCODER",
+        help="'minilm' (needs no network), a name on the Hugging Face hub, or a folder "
+        "(default: %(default)s)",
+    )
+
+
+def _splits(folders: list[str]) -> dict[str, str]:
+    """train2017 → train, val2017 → val."""
+    for folder in folders:
+        if not re.fullmatch(r"\w[\w.-]*", folder):
+            raise UserError(f"--split {folder}: give the name of a folder in --root, as train2017")
+    splits = {re.sub(r"\d+$", "", folder) or folder: folder for folder in folders}
+    if len(splits) < len(folders):
+        raise UserError(f"--split {' '.join(folders)}: two folders would be one split")
+    return splits
+
+
+def _tell(prepared: Prepared, seconds: float) -> None:
+    store, manifest = prepared.store, prepared.store.manifest
+    if not prepared.made:
+        print(f"{shown(store.path)} is complete and intact: nothing to do")
+        return
+    print(f"prepared {shown(store.path)} in {duration(seconds)}")
+    for name, split in manifest.splits.items():
+        captions = f", {split.captions:,} captions" if split.captions else ""
+        skipped = f", {len(split.skipped)} skipped (see manifest.json)" if split.skipped else ""
+        cut = sum(entry.truncated.get(name, 0) for entry in manifest.text_encoders.values())
+        too_long = f", {cut} captions cut to the encoder's limit" if cut else ""
+        print(f"  {name}: {split.images:,} images{captions}{skipped}{too_long}")
+        for line in _reasons(split.skipped):
+            print(f"    {line}")
+
+
+def _reasons(skipped: list[Skipped]) -> list[str]:
+    """Each kind of reason with its number and an example, the commonest first."""
+    kinds: dict[str, list[Skipped]] = {}
+    for entry in skipped:
+        kinds.setdefault(re.sub(r"\d+", "…", entry.reason), []).append(entry)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    lines = [
+        f"{len(kind):,} × {kind[0].reason} ({kind[0].file})" for kind in ordered[:_MOST_REASONS]
+    ]
+    if len(ordered) > _MOST_REASONS:
+        rest = sum(map(len, ordered[_MOST_REASONS:]))
+        lines.append(f"{rest:,} × something else")
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

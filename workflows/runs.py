@@ -1,0 +1,147 @@
+"""Runs: list, look at, follow, stop and continue them. RUN is a run's name, its folder, or `latest`."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory, all_runs
+from cvae.training import mlflow_mirror
+from slurm import cluster, queue
+from slurm.files import log_file
+from workflows import command_line
+from workflows.command_line import Parser, positive
+from workflows.follow import follow
+from workflows.grace import grace_fact, measured_save_s
+from workflows.plan import locate
+from workflows.run_state import last_submission, run_state
+from workflows.run_view import list_text, show_text
+from workflows.submission import code_fact, note_cancelled, submit
+from workflows.text import aligned, shown
+
+_SAVE_PATIENCE_S = 60.0
+
+
+def parser() -> Parser:
+    parser = Parser(prog="runs.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, action: Callable[[Any], int], text: str, run: bool = True) -> Parser:
+        command: Parser = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(action=action)
+        if run:
+            command.add_argument("run", metavar="RUN", help="name, folder, or latest")
+        return command
+
+    add("list", _list, "all runs, newest first", run=False)
+    add("show", _show, "everything about a run, and why it failed")
+    add("path", _path, "prints the run's folder")
+    logs = add("logs", _logs, "what a rank has printed")
+    logs.add_argument("--rank", type=int, metavar="R", help="default: 0")
+    logs.add_argument("--follow", action="store_true", help="stay until the run ends")
+    add("cancel", _cancel, "ends a run; it saves first and can be resumed")
+    resume = add("resume", _resume, "continues a run from its newest checkpoint")
+    resume.add_argument("--nodes", type=positive, metavar="N", help="default: as the last time")
+    resume.add_argument(
+        "--gpus", type=positive, metavar="G", help="in total; default: as the last time"
+    )
+    resume.add_argument("--cluster", metavar="NAME", help="default: where it ran the last time")
+    resume.add_argument("--detach", action="store_true", help="submit and do not wait")
+    add("sync", _sync, "brings to MLflow what it does not have yet")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    status: int = options.action(options)
+    return status
+
+
+def _list(options: Any) -> int:
+    runs = all_runs()
+    print(list_text(runs) if runs else "no runs yet; python workflows/launch.py starts one")
+    return 0
+
+
+def _show(options: Any) -> int:
+    print(show_text(RunDirectory.open(options.run)))
+    return 0
+
+
+def _path(options: Any) -> int:
+    print(RunDirectory.open(options.run).path)
+    return 0
+
+
+def _logs(options: Any) -> int:
+    run = RunDirectory.open(options.run)
+    last = last_submission(run)
+    if last is None:
+        raise UserError(f"{run.name} was never submitted, so there are no logs")
+    if options.follow and options.rank is None:
+        return follow(run)
+    rank = options.rank or 0
+    if not 0 <= rank < last.world_size:
+        raise UserError(f"--rank {rank}: {run.name} has ranks 0 to {last.world_size - 1}")
+    file = log_file(run.logs, last.job_id, rank)
+    position = 0
+    while True:
+        # Asked before reading, so that the last words are read too.
+        alive = options.follow and queue.look(last).alive
+        if file.exists():
+            with file.open(errors="replace") as log:
+                log.seek(position)
+                sys.stdout.write(log.read())
+                sys.stdout.flush()
+                position = log.tell()
+        elif not options.follow:
+            raise UserError(f"{shown(file)}: not there yet; {run.name} is {run_state(run).status}")
+        if not alive:
+            return 0
+        time.sleep(1)
+
+
+def _cancel(options: Any) -> int:
+    run = RunDirectory.open(options.run)
+    last, state = last_submission(run), run_state(run)
+    if last is None or not (state.job.alive or state.status == "unknown"):
+        raise UserError(f"{run.name} is {state.status}: there is nothing to cancel")
+    note_cancelled(run, time.time())
+    queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    state = run_state(run)
+    print(aligned([(state.status, f"{run.name}: {state.reason or state.job.word}")]))
+    return 0
+
+
+def _resume(options: Any) -> int:
+    run = RunDirectory.open(options.run)
+    last = last_submission(run)
+    nodes = options.nodes or (last.nodes if last and not options.gpus else 1)
+    gpus = options.gpus or (last.gpus if last and not options.nodes else nodes)
+    name = options.cluster or (last.cluster if last else None)
+    place, placement, facts = locate(cluster.split(nodes, gpus), name, dry=False)
+    save_s = measured_save_s(run.journal_file)
+    if save_s is not None and place.config.executor == "slurm":
+        facts.append(grace_fact(place, save_s, "measured"))
+    submit(run, place, placement, gpus)
+    print(aligned([("run", run.name), *facts, ("code", code_fact(run))]), flush=True)
+    if options.detach:
+        print(f"submitted; follow it: python workflows/runs.py logs {run.name} --follow")
+        return 0
+    return follow(run)
+
+
+def _sync(options: Any) -> int:
+    run = RunDirectory.open(options.run)
+    missing = mlflow_mirror.behind(run.path)
+    with tqdm(total=missing, unit="line", desc="to MLflow") as bar:
+        mlflow_mirror.sync(run.path, bar.update)
+    print(f"MLflow has all of {run.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,57 @@
+"""The story of a run: every try, where it ran, how far it came, why it ended and what that cost."""
+
+from cvae.run_directory import RunDirectory
+from slurm import tries
+from slurm.client import JobState
+from slurm.tries import Try
+from workflows.run_state import Line, submissions
+from workflows.text import clock, count, duration
+
+_NODES_SHOWN = 8
+
+
+def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
+    """One line a try, oldest first. job: where the last submission is now."""
+    told: list[Try] = []
+    for submission in submissions(run):
+        told += tries.read(run.logs, submission.job_id)
+        last = submission.job_id
+    if told and told[-1].ended is None and job.phase == "ended":
+        told[-1] = tries.unwatched(run.logs, last, told[-1], told[-1].began, job.word)
+    ends = [one.began for one in told[1:]] + [float("inf")]
+    stretches = [
+        _stretch([line for line in lines if one.began <= line["time"] < end])
+        for one, end in zip(told, ends, strict=True)
+    ]
+    resumed = [stretch[0] if stretch else None for stretch in stretches[1:]] + [None]
+    return [
+        _words(number, one, stretch, after)
+        for number, (one, stretch, after) in enumerate(
+            zip(told, stretches, resumed, strict=True), start=1
+        )
+    ]
+
+
+def _stretch(lines: list[Line]) -> tuple[int, int] | None:
+    """The step that it began from and the last that is known of it; None where it never trained."""
+    start = next((line["step"] for line in lines if line["kind"] == "start"), None)
+    if start is None:
+        return None
+    steps = [line["step"] for line in lines if line["kind"] in ("step", "checkpoint", "end")]
+    return start, max([start, *steps])
+
+
+def _words(number: int, one: Try, stretch: tuple[int, int] | None, resumed: int | None) -> str:
+    shown = one.nodes[:_NODES_SHOWN]
+    more = f" and {len(one.nodes) - len(shown)} more" if len(one.nodes) > len(shown) else ""
+    parts = [f"{number}: {clock(one.began)} on {', '.join(shown)}{more}"]
+    if stretch is not None:
+        parts.append(f"step {stretch[0]:,} to {stretch[1]:,}")
+    if one.ended is not None and one.ended > one.began:
+        parts.append(f"after {duration(one.ended - one.began)}")
+    parts.append("running" if one.cause is None else one.why or one.cause)
+    if stretch is not None and resumed is not None and stretch[1] > resumed:
+        parts.append(f"{count(stretch[1] - resumed, 'step')} lost")
+    if one.excluded:
+        parts.append(f"next without {', '.join(one.excluded)}")
+    return "; ".join(parts)

@@ -1,0 +1,140 @@
+"""Handing a run to SLURM or to this machine: once at a time, and written down."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cvae import code_snapshot, paths
+from cvae.code_snapshot import Snapshot
+from cvae.config import Experiment
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from slurm import executors, queue, tries
+from slurm.cluster import Place, Placement
+from slurm.executors import Job
+from slurm.queue import Submission
+from slurm.tries import Care
+from workflows.run_state import run_state, submissions
+from workflows.text import shown
+
+TRAIN = "cvae.training.train:train"
+AFTER = "cvae.training.aftermath:note_bad_end"
+
+
+def job_of(run: RunDirectory, code: Path) -> Job:
+    """code: the snapshot that it is to run."""
+    care = Care(str(run.checkpoints / "step-*"), AFTER, str(run.path))
+    return Job(run.name, run.logs, TRAIN, (run.path,), job_environment(code), care)
+
+
+def job_environment(code: Path) -> dict[str, str]:
+    """What else the environment holds, sbatch and submitit hand on by themselves."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    search = os.pathsep.join(dict.fromkeys([str(code), *filter(None, inherited)]))
+    return {"CVAE_HOME": str(paths.home()), "CVAE_CODE": str(code), "PYTHONPATH": search}
+
+
+def submit_new(
+    name: str, experiment: Experiment, place: Place, placement: Placement, gpus: int
+) -> RunDirectory:
+    """Makes the run's folder and submits it; where that fails, nothing is left.
+
+    Raises UserError where the name is taken, the folder cannot be written or SLURM refuses the job.
+    """
+    run = RunDirectory.create(name, experiment)
+    try:
+        submit(run, place, placement, gpus)
+    except BaseException as error:
+        if not submissions(run):
+            shutil.rmtree(run.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{run.path}: cannot be written: {error.strerror}") from None
+        raise
+    return run
+
+
+def submit(run: RunDirectory, place: Place, placement: Placement, gpus: int) -> Submission:
+    """Raises UserError where the run is queued, running or finished."""
+    with locked(run):
+        state = run_state(run)
+        if state.job.alive:
+            last = submissions(run)[-1]
+            raise UserError(
+                f"{run.name} is {state.status} ({last.where}); see"
+                f" `python workflows/runs.py logs {run.name} --follow`"
+            )
+        if state.status == "finished":
+            raise UserError(
+                f"{run.name} is finished; to repeat it: python workflows/launch.py {run.experiment_file}"
+            )
+        offset = journal.read(run.journal_file)[1]
+        code = Snapshot().write()
+        code_snapshot.link(run.path, code)
+        with interrupts_wait():
+            submission = executors.submit(job_of(run, code), place, placement, gpus)
+            more = {"journal_offset": offset, "code": code.name}
+            submission = submission.model_copy(update=more)
+            try:
+                _write(run, [*submissions(run), submission])
+            except OSError:
+                # A job that nobody could follow or cancel must not run.
+                queue.end(submission, 0, lambda _: None)
+                raise
+    return submission
+
+
+def code_fact(run: RunDirectory) -> str:
+    """What the last submission runs, and whether that is what the run began with."""
+    ids = [entry.code for entry in submissions(run) if entry.code is not None]
+    known = [id for id in ids if (run.path / "code" / id).is_dir()]
+    if not known:
+        return "unknown"
+    first, last = (code_snapshot.read(run.path / "code" / id) for id in (known[0], known[-1]))
+    if first.source == last.source:
+        return f"{last}, as the run began"
+    return f"{last}; the run began with {first}:\ndiff -r {shown(first.root)} {shown(last.root)}"
+
+
+def note_cancelled(run: RunDirectory, when: float) -> None:
+    with locked(run):
+        *earlier, last = submissions(run)
+        tries.mark_cancelled(run.logs, last.job_id)
+        _write(run, [*earlier, last.model_copy(update={"cancelled": when})])
+
+
+def _write(run: RunDirectory, entries: list[Submission]) -> None:
+    text = json.dumps([entry.model_dump() for entry in entries], indent=1)
+    paths.write_atomically(run.launch_file, text + "\n")
+
+
+@contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Raises UserError where another launch, resume or cancel of the run is at work."""
+    with open(run.path / "launch.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run.name} is being launched, resumed or cancelled by another process right now"
+            ) from None
+        yield
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes after the block: a job that is submitted is also written down."""
+    pending: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
