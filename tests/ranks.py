@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cvae.config import Experiment
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from tests.conftest import PROJECT_ROOT
@@ -97,4 +98,7 @@ def weights(run: RunDirectory) -> dict[str, bytes]:
 if __name__ == "__main__":
     from cvae.training.train import train as train_rank
 
-    print(train_rank(Path(sys.argv[1]), mirrored=False))
+    try:
+        print(train_rank(Path(sys.argv[1]), mirrored=False))
+    except UserError as error:
+        sys.exit(f"error: {error}")

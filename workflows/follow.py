@@ -7,7 +7,7 @@ from typing import Any
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from cvae.training.mlflow_mirror import behind
-from slurm import queue
+from slurm import queue, tries
 from slurm.client import JobState
 from slurm.evidence import first_failure
 from slurm.queue import Submission
@@ -24,7 +24,7 @@ from workflows.run_state import (
 )
 from workflows.text import Fact, aligned, clock, count, duration, shown
 
-FINISHED, FAILED, STOPPED, DETACHED = 0, 1, 3, 130
+FINISHED, FAILED, BAD_INPUT, STOPPED, DETACHED = 0, 1, 2, 3, 130
 _JOURNAL_POLL_S = 0.3
 _QUEUE_POLL_S = {"slurm": 4.0, "local": 1.0}
 # A finished job lives on until MLflow's mirror has caught up, or has given up.
@@ -36,7 +36,8 @@ _RESTART_S = 180.0
 def follow(run: RunDirectory) -> int:
     """Shows the run's last submission until it ends. Returns the exit status for the command.
 
-    0: finished. 1: failed, or died. 3: stopped or cancelled. 130: Ctrl-C; the run goes on.
+    0: finished. 1: failed, or died. 2: failed, as data or nodes are not as they must be. 3: stopped or cancelled.
+    130: Ctrl-C; the run goes on.
     """
     display = Display()
     try:
@@ -56,6 +57,9 @@ def follow(run: RunDirectory) -> int:
         return DETACHED
     display.clear()
     print(ending(run, state))
+    told = tries.read(run.logs, submissions(run)[-1].job_id)
+    if state.status == "failed" and told and told[-1].cause == "bad input":
+        return BAD_INPUT
     return {"finished": FINISHED, "stopped": STOPPED, "cancelled": STOPPED}.get(
         state.status, FAILED
     )

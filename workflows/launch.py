@@ -3,8 +3,8 @@
     python workflows/launch.py [EXPERIMENT] --nodes N --gpus G [--cluster NAME] [--engine ENGINE]
                                [--name RUN] [--dry-run] [--preflight] [--detach] [key=value …]
 
-Exit status: 0 finished (or the preflight passed), 1 failed, 2 bad input (nothing is written), 3 stopped or
-cancelled, 130 detached by Ctrl-C (the run goes on).
+Exit status: 0 finished (or the preflight passed), 1 failed, 2 bad input (nothing is written; unless only
+the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ctrl-C (the run goes on).
 """
 
 from pathlib import Path

@@ -22,11 +22,14 @@ def note_bad_end(run_path: str, reason: str, restarts: bool) -> None:
         except BlockingIOError:
             return  # on a host out of reach rank 0 lives on, and writes
         lines = journal.read(run.journal_file)[0]
+        last = lines[-1] if lines else {"kind": None}
         step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
-        writer = Journal(run.journal_file)
-        try:
-            writer.append("end", status="failed", step=step, reason=reason)
-        finally:
-            writer.close()
+        # Rank 0 may have said the same, of bad input without naming itself.
+        if last["kind"] != "end" or not f": {reason}".endswith(f": {last['reason']}"):
+            writer = Journal(run.journal_file)
+            try:
+                writer.append("end", status="failed", step=step, reason=reason)
+            finally:
+                writer.close()
     if not restarts:
         mlflow_mirror.start_mirror(run.path).finish(_MIRROR_PATIENCE_S)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
 
     The ranks find each other by torch's own environment variables. mirrored: whether MLflow is told while
     the run goes on; what the journal holds can be brought there later too. Raises UserError where another process
-    trains this run already, and whatever went wrong otherwise, after it has been written to the journal.
+    trains this run already; where data or nodes are not as they must be; and whatever went wrong otherwise. But
+    for the first, it has been written to the journal by then.
     """
     run = RunDirectory(run_path)
     stop = StopFlag()
@@ -72,10 +74,11 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
     ):
         try:
             outcome = _train(run, run.experiment(), ranks, record, stop, watchdog)
-        except UserError as error:
-            outcome = Outcome("failed", record.step, str(error))
         except BaseException as error:
-            record.end("failed", record.step, f"{type(error).__name__}: {error}")
+            what = str(error)
+            if not isinstance(error, UserError):
+                what = f"rank 0 on {socket.gethostname()}: {type(error).__name__}: {error}"
+            record.end("failed", record.step, what)
             raise
         record.end(*outcome)
         return outcome

@@ -18,8 +18,12 @@ from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
+from slurm import tries
+from slurm.files import log_file
+from tests import ranks
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from workflows import launch, runs
+from workflows.run_state import last_submission
 from workflows.submission import locked
 
 STEPS = 2000
@@ -131,6 +135,26 @@ def test_a_run_that_fails_says_why(tiny: str, capsys: pytest.CaptureFixture[str]
     assert "Traceback" not in out
     with pytest.raises(UserError, match="nothing to cancel"):
         runs.main(["cancel", "bad"])
+
+
+def test_bad_input_that_only_the_job_can_find_is_said_once_and_not_tried_again(
+    tiny: str, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ranks.new_run("moved", tiny_experiment(max_steps=5))
+    ranks.train(run, 1)
+    *begun, end = run.journal_file.read_text().splitlines(keepends=True)
+    assert '"end"' in end
+    run.journal_file.write_text("".join(begun).replace('"data_digest":"', '"data_digest":"0'))
+    assert runs.main(["resume", "moved", "--cluster", "local"]) == 2
+    out = capsys.readouterr().out
+    assert out.count("failed at step 0: moved was trained on other data") == 1
+    [told] = ranks.lines(run, "end")
+    assert (told["status"], told["reason"].count("was trained on other data")) == ("failed", 1)
+    submission = last_submission(run)
+    assert submission is not None
+    [one] = tries.read(run.logs, submission.job_id)
+    assert (one.cause, one.restarts) == ("bad input", False)
+    assert "Traceback" not in log_file(run.logs, submission.job_id, 0).read_text()
 
 
 def test_one_launch_at_a_time(home: Path, tiny: str) -> None:

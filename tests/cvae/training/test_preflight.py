@@ -171,12 +171,11 @@ def test_a_disk_too_small_or_read_only_ends_the_run_before_its_first_step(
     run = local_ranks.new_run("x", tiny_experiment(epochs=1))
     run.checkpoints.rmdir()
     run.checkpoints.symlink_to(mounted)
-    outcome = train(run.path, mirrored=False)
-    assert outcome.status == "failed"
-    assert re.search(r"6\d\.\d kB are free", outcome.reason)
+    with pytest.raises(UserError, match=r"6\d\.\d kB are free"):
+        train(run.path, mirrored=False)
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
-    outcome = train(run.path, mirrored=False)
-    assert "cannot be written: Read-only file system" in outcome.reason
+    with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+        train(run.path, mirrored=False)
     assert local_ranks.lines(run, "start") == []
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import train as training
 from cvae.training.train import Outcome, train
@@ -206,9 +207,11 @@ def test_other_data_are_refused_on_resume(home: Path) -> None:
     text = manifest.read_text()
     first = text.index('"sha256": "') + len('"sha256": "')
     manifest.write_text(text[:first] + ("0" if text[first] != "0" else "1") + text[first + 1 :])
-    outcome = train(run.path, mirrored=False)
-    assert outcome.status == "failed"
-    assert "was trained on other data" in outcome.reason
+    with pytest.raises(UserError, match="was trained on other data"):
+        train(run.path, mirrored=False)
+    end = ranks.lines(run, "end")[-1]
+    assert end["status"] == "failed"
+    assert end["reason"].startswith("moved was trained on other data")
 
 
 def test_more_ranks_than_images_is_one_line(tiny_store: Path) -> None:
