@@ -1,4 +1,4 @@
-"""Looks after a job on SLURM, from its batch script: `python -m slurm.supervisor begin|end …` around srun.
+"""Looks after a job on SLURM, from its batch script: `python -m slurm.supervisor begin|watch|end …` around srun.
 
 After a bad end, at the time limit, and where SLURM preempts by a signal alone, the job asks to be put back into
 the queue; a requeued job is the same job, so everything that is known about it stays.
@@ -10,11 +10,13 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from cvae.errors import UserError
 from slurm import tries
@@ -37,7 +39,7 @@ def before(folder: Path, care: Care) -> int:
     unwatched = any(one.ended is None for one in tries.read(folder, job_id))
     told = tries.begin(folder, job_id, here, time.time(), word, tries.newest(care.progress))
     print(f"{TRY_MARK}{told[-1].number} on {', '.join(here)}", flush=True)
-    if unwatched and told[-2].cause in ("node", "crash"):
+    if (unwatched and told[-2].cause in ("node", "crash")) or _was_killed_at_limit(told[:-1]):
         call_after(care, Ending("node", told[-2].why), restarts=True)
     excluded = _to_exclude(slurm, told)
     if not set(excluded) & set(here):
@@ -70,6 +72,45 @@ def after(folder: Path, care: Care, status: int, max_restarts: int) -> None:
         call_after(care, end, restarts)
     if restarts:
         _requeue(slurm, job_id, excluded)
+
+
+def watch(folder: Path, care: Care, max_restarts: int) -> NoReturn:
+    """In the batch script's background: waits for SLURM to end the job, and sees to it where the time is up.
+
+    There and not at the end of the script, which does not come when SLURM kills everything. What runs already
+    needs not to be loaded in the few seconds between signal and kill.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    while True:
+        signal.sigwait({signal.SIGTERM})
+        try:
+            at_limit(folder, care, max_restarts)
+        except UserError as error:
+            _log.error("the time limit: %s", error)
+
+
+def at_limit(folder: Path, care: Care, max_restarts: int) -> None:
+    """Has SLURM try again what it ends at the time limit, as the ranks did not manage to save in their grace time.
+
+    Whatever else SLURM ends (preempted, cancelled, requeued), or has been seen to already, is left alone.
+    """
+    slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
+    told = tries.read(folder, job_id)
+    details = _details(slurm, job_id)
+    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    is_up = details.get("Reason") == "TimeLimit" and details.get("JobState") != "RUNNING"
+    ours = int(details.get("Restarts", 0)) == restarted
+    if not (is_up and ours and told and told[-1].ended is None):
+        return
+    end = tries.ending(folder, job_id, 128 + signal.SIGTERM, timed_out=True)
+    restarts, end = tries.decide(end, tries.newest(care.progress), told[:-1], max_restarts)
+    _note(folder, job_id, tries.closed(told, end, care, restarts))
+    if restarts:
+        _requeue(slurm, job_id, [])
+
+
+def _was_killed_at_limit(earlier: list[Try]) -> bool:
+    return bool(earlier) and earlier[-1].why == tries.KILLED_AT_LIMIT
 
 
 def call_after(care: Care, end: Ending, restarts: bool) -> None:
@@ -132,18 +173,33 @@ def script_lines(folder: Path, care: Care, max_restarts: int) -> tuple[list[str]
     """What the batch script runs before srun and after it."""
     common = [sys.executable, "-m", "slurm.supervisor"]
     tail = [str(folder), json.dumps(care), str(max_restarts)]
-    begin = shlex.join([*common, "begin", *tail])
-    end = shlex.join([*common, "end", *tail])
+    begin, watching, end = (
+        shlex.join([*common, word, *tail]) for word in ("begin", "watch", "end")
+    )
     return (
-        [begin, f"[ $? -ne {NOT_HERE} ] || exit 0"],
+        [
+            begin,
+            f"[ $? -ne {NOT_HERE} ] || exit 0",
+            # Where the script ends, SLURM kills its background at once.
+            "trap : TERM",
+            f"{watching} &",
+            "watcher=$!",
+            "disown",
+        ],
         # To be requeued is to get SIGTERM, with some words still to be written.
-        ["status=$?", "trap '' TERM", f'{end} --status "$status"', 'exit "$status"'],
+        [
+            "status=$?",
+            "trap '' TERM",
+            f'{end} --status "$status"',
+            'kill -KILL "$watcher"',
+            'exit "$status"',
+        ],
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["begin", "end"])
+    parser.add_argument("action", choices=["begin", "watch", "end"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("care", type=lambda text: Care(*json.loads(text)))
     parser.add_argument("max_restarts", type=int)
@@ -154,6 +210,8 @@ def main() -> int:
     )
     if options.action == "begin":
         return before(options.folder, options.care)
+    if options.action == "watch":
+        watch(options.folder, options.care, options.max_restarts)
     after(options.folder, options.care, options.status, options.max_restarts)
     return 0
 

@@ -35,12 +35,13 @@ Cause = Literal[
 _COUNTED = ("crash", "time limit")
 _BAD_NODE = ("crash", "node")
 _FAILURES_OF_A_BAD_NODE = 2
+KILLED_AT_LIMIT = "killed at the time limit, before it could save"
 # sacct's words for a try that SLURM itself put back into the queue.
 _OF_SLURM: dict[str, tuple[Cause, str]] = {
     "PREEMPTED": ("preempted", "preempted by SLURM"),
     "NODE_FAIL": ("node", "a node failed"),
     "REQUEUED": ("slurm", "requeued in SLURM"),
-    "TIMEOUT": ("time limit", "killed at the time limit, before it could save"),
+    "TIMEOUT": ("time limit", KILLED_AT_LIMIT),
     "OUT_OF_MEMORY": ("crash", "killed, out of memory"),
     "CANCELLED": ("cancelled", "cancelled in SLURM"),
 }
@@ -132,10 +133,12 @@ def unwatched(folder: Path, job_id: str, one: Try, when: float, word: str) -> Tr
     return replace(one, ended=when, cause=cause, why=why, node=node, restarts=True)
 
 
-def ending(folder: Path, job_id: str, status: int, preempted: bool = False) -> Ending:
+def ending(
+    folder: Path, job_id: str, status: int, preempted: bool = False, timed_out: bool = False
+) -> Ending:
     """How a try ended whose ranks are all gone; status: srun's, or the worst of the ranks'.
 
-    preempted: whether SLURM has said so.
+    preempted, timed_out: whether SLURM has said so.
     """
     result = _result(folder, job_id) or {}
     said, reason = result.get("status"), str(result.get("reason") or "")
@@ -151,6 +154,8 @@ def ending(folder: Path, job_id: str, status: int, preempted: bool = False) -> E
         return Ending("preempted", f"preempted: {reason or 'before it could save'}")
     if said == "stopped":
         return Ending("signal", reason)
+    if timed_out:
+        return Ending("time limit", KILLED_AT_LIMIT)
     failure = first_failure(folder, job_id)
     if failure is None:
         killed = f" ({signal.strsignal(status - 128)})" if status > 128 else ""

@@ -1,0 +1,134 @@
+"""What looks after a job on SLURM, with a scontrol that says what it is told to."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm import files, supervisor, tries
+from slurm.tries import Care
+from tests.conftest import PROJECT_ROOT
+from tests.slurm.test_local import until
+
+JOB = "12"
+AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=1"
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What was asked of scontrol and changes anything, a line each."""
+    asked, folder = tmp_path / "asked", tmp_path / "bin"
+    asked.touch()
+    folder.mkdir()
+    script = folder / "scontrol"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$1 $2" in "show job") cat {tmp_path}/details;; *) echo "$@" >>{asked};; esac\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
+    (tmp_path / "details").write_text(AT_LIMIT)
+    return asked
+
+
+def care(folder: Path) -> Care:
+    return Care(str(folder / "step-*"), "tests.slurm.targets:note", str(folder))
+
+
+def begin(folder: Path) -> None:
+    tries.begin(folder, JOB, ["n1"], time.time(), "TIMEOUT", tries.newest(care(folder).progress))
+
+
+def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(
+    asked: Path, tmp_path: Path
+) -> None:
+    for again in (True, False):
+        begin(tmp_path)
+        supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=1)
+        last = tries.read(tmp_path, JOB)[-1]
+        assert (last.cause, last.restarts) == ("time limit", again)
+        assert last.why.startswith("killed at the time limit, before it could save")
+        # SLURM signals more than once.
+        supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=1)
+        assert asked.read_text() == f"requeue {JOB}\n"
+    assert "2 tries in a row brought no new checkpoint" in last.why
+
+
+def test_no_rank_could_write_down_the_time_limit_so_the_next_try_does(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    begin(tmp_path)
+    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    assert supervisor.before(tmp_path, care(tmp_path)) == 0
+    assert (tmp_path / "noted").read_text() == f"{tries.KILLED_AT_LIMIT}, restarts True\n"
+    assert [one.cause for one in tries.read(tmp_path, JOB)] == ["time limit", None]
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "JobState=COMPLETING Reason=None Restarts=1",  # preempted, or cancelled
+        "JobState=RUNNING Reason=TimeLimit Restarts=1",
+        "JobState=COMPLETING Reason=TimeLimit Restarts=2",  # a later try, on another host
+    ],
+)
+def test_what_else_slurm_ends_is_none_of_its_business(
+    asked: Path, tmp_path: Path, details: str
+) -> None:
+    begin(tmp_path)
+    (tmp_path / "details").write_text(details)
+    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    assert tries.read(tmp_path, JOB)[-1].ended is None
+    assert asked.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "cause", "again"),
+    [
+        ("finished", "", "finished", False),
+        ("failed", "not finite at step 3", "failed", False),
+        ("stopped", "SIGUSR2 at step 9, saved", "time limit", True),
+    ],
+)
+def test_at_the_time_limit_the_ranks_own_word_counts(
+    asked: Path, tmp_path: Path, status: str, reason: str, cause: str, again: bool
+) -> None:
+    begin(tmp_path)
+    result = {"status": status, "reason": reason}
+    files.result_file(tmp_path, JOB).write_text(json.dumps(result))
+    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    last = tries.read(tmp_path, JOB)[-1]
+    assert (last.cause, last.restarts) == (cause, again)
+    assert last.why != tries.KILLED_AT_LIMIT
+    assert bool(asked.read_text()) == again
+
+
+def test_a_cancelled_job_is_not_revived_by_its_time_limit(asked: Path, tmp_path: Path) -> None:
+    begin(tmp_path)
+    tries.mark_cancelled(tmp_path, JOB)
+    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    assert tries.read(tmp_path, JOB)[-1].cause == "cancelled"
+    assert asked.read_text() == ""
+
+
+def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: Path) -> None:
+    """The script's own lines around a stand-in for srun that, like SLURM, signals all and then waits."""
+    before, after = supervisor.script_lines(tmp_path, care(tmp_path), 3)
+    begin(tmp_path)
+    ready = 'until grep -q sigtimedwait "/proc/$watcher/wchan"; do sleep 0.1; done'
+    signals = f'echo "$watcher" >{tmp_path}/pid; kill -TERM "$watcher" $$'
+    requeued = f"until grep -q requeue {asked}; do sleep 0.1; done"
+    # As at the first try; the supervisor's own beginning asks a whole SLURM.
+    lines = [*before[2:], ready, signals, requeued, "(exit 9)", *after]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], timeout=30, check=False)
+    assert done.returncode == 9
+    assert asked.read_text() == f"requeue {JOB}\n"
+    watcher = int((tmp_path / "pid").read_text())
+    until(lambda: not Path(f"/proc/{watcher}").exists())
+    assert tries.read(tmp_path, JOB)[-1].why == tries.KILLED_AT_LIMIT
