@@ -76,10 +76,7 @@ def report_text(report: Report) -> str:
     lines = [table(header, rows, right=["RANKS", "FREE MEMORY", "FREE DISK", "CLOCK"])]
     net = report.network
     if net is not None:
-        lines.append(
-            f"all-reduce over {count(len(report.facts), 'rank')}: {1e3 * net.latency_s:.2f} ms for 8 bytes,"
-            f" {net.seconds:.3f} s for {size(net.bytes)}: {net.bytes_per_s / 1e9:.2g} GB/s"
-        )
+        lines.append(f"all-reduce over {count(len(report.facts), 'rank')}: {net}")
     lines += [f"{finding.level}: {finding.text}" for finding in report.findings]
     word = "failed" if report.texts("error") else "passed"
     return "\n".join([*lines, f"{word}; the checks took {report.seconds:.1f} s"])

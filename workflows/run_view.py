@@ -4,6 +4,7 @@ import time
 
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
+from cvae.training.preflight_checks import Network, size
 from slurm.queue import Submission
 from workflows.follow import epoch_line, failure_facts, mlflow_fact
 from workflows.run_state import (
@@ -68,7 +69,7 @@ def show_text(run: RunDirectory) -> str:
     told = story(run, lines, state.job)
     if told:
         facts.append(("tries", "\n".join(told)))
-    facts += _ran_on(lines) + _metrics(lines) + _checkpoints(run)
+    facts += _preflight(lines) + _ran_on(lines) + _metrics(lines) + _checkpoints(run)
     notices = [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]
     if notices:
         facts.append(("notices", "\n".join(notices[-_NOTICES_SHOWN:])))
@@ -89,6 +90,26 @@ def _submission(entry: Submission) -> str:
     cancelled = f"; cancelled {clock(entry.cancelled)}" if entry.cancelled else ""
     size = f"{count(entry.nodes, 'node')}, {count(entry.world_size, 'rank')}"
     return f"{clock(entry.time)}: {entry.where}, {size}{cancelled}"
+
+
+def _preflight(lines: list[Line]) -> list[Fact]:
+    """What the last start saw of its nodes. Its warnings are among the notices."""
+    seen = [line for line in lines if line["kind"] == "preflight"]
+    if not seen:
+        return []
+    last, hosts = seen[-1], seen[-1]["hosts"].values()
+    disks = [host["free_disk"] for host in hosts if host["free_disk"] is not None]
+    clocks = [host["clock_offset_s"] for host in hosts]
+    nodes = [f"{count(len(hosts), 'node')} in {last['seconds']:.1f} s"]
+    nodes.append(f"free memory {size(min(host['free_memory'] for host in hosts))}")
+    if disks:
+        nodes.append(f"free disk {size(min(disks))}")
+    if len(clocks) > 1:
+        nodes.append(f"clocks within {max(clocks) - min(clocks):.1f} s")
+    text = ", ".join(nodes)
+    if last["all_reduce"] is not None:
+        text += f"\nall-reduce: {Network.model_validate(last['all_reduce'])}"
+    return [("preflight", text)]
 
 
 def _ran_on(lines: list[Line]) -> list[Fact]:

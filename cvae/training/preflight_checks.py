@@ -76,6 +76,12 @@ class Network(Plain):
     def bytes_per_s(self) -> float:
         return self.bytes / self.seconds
 
+    def __str__(self) -> str:
+        return (
+            f"{1e3 * self.latency_s:.2f} ms for 8 bytes,"
+            f" {self.seconds:.3f} s for {size(self.bytes)}: {self.bytes_per_s / 1e9:.2g} GB/s"
+        )
+
 
 class Finding(Plain):
     level: Literal["error", "warning"]

@@ -140,6 +140,22 @@ def test_what_slurm_says_is_asked_before_anything_is_written(
     assert not (home / "runs").exists()
 
 
+def test_preflight_of_two_nodes(
+    cluster: Cluster, tiny_store: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_experiment()))
+    words = ["--preflight", "--nodes", "2", "--gpus", "2", "--cluster", "testcluster"]
+    assert launch.main([str(file), *words]) == 0
+    out = capsys.readouterr().out
+    assert "needs  those of tiny" in out
+    rows = [line.split()[:3] for line in out.splitlines() if line.startswith("cvae-node")]
+    assert rows == [["cvae-node1", "1", "CPU"], ["cvae-node2", "1", "CPU"]]
+    assert "all-reduce over 2 ranks: " in out
+    assert "\npassed; the checks took " in out
+    assert list((home / "runs").iterdir()) == []
+
+
 @pytest.mark.timeout(600)  # 3 jobs of 8 ranks, each of which imports torch, on however few cores
 def test_one_curve_and_bit_identical_after_scancel_and_resume(cluster: Cluster, home: Path) -> None:
     """Eight ranks on two hosts follow the one-rank curve, and lose nothing when they are cancelled.

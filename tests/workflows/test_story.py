@@ -12,6 +12,7 @@ from slurm import files, tries
 from slurm.client import JobState
 from slurm.tries import Try
 from tests.conftest import tiny_experiment
+from workflows.run_view import show_text
 from workflows.story import story
 
 ENTRY = {"time": 1.0, "cluster": "v100", "executor": "slurm", "job_id": "12", "host": "login"}
@@ -49,3 +50,17 @@ def test_a_try_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
     files.result_file(run.logs, "12").write_text(json.dumps(result))
     last = told(run, JobState("ended", "CANCELLED"))[-1]
     assert last.endswith("cancelled in SLURM; SIGTERM at step 99, saved")
+
+
+def test_what_the_last_preflight_saw(run: RunDirectory) -> None:
+    host = {"free_disk": 9e10, "free_memory": 31e9, "clock_offset_s": 0.0}
+    other = {"free_disk": None, "free_memory": 29e9, "clock_offset_s": -0.42}
+    network = {"latency_s": 2e-4, "bytes": 10**8, "seconds": 0.02}
+    line = {"time": 51.0, "kind": "preflight", "hosts": {"n1": host, "n2": other}, "warnings": []}
+    with run.journal_file.open("w") as file:
+        for seconds, found in ((7.0, None), (1.2, network)):
+            file.write(json.dumps({**line, "seconds": seconds, "all_reduce": found}) + "\n")
+    shown = show_text(run)
+    assert "2 nodes in 1.2 s, free memory 29.0 GB, free disk 90.0 GB, clocks within 0.4 s" in shown
+    assert "all-reduce: 0.20 ms for 8 bytes, 0.020 s for 100 MB: 5 GB/s" in shown
+    assert "7.0 s" not in shown
