@@ -8,7 +8,14 @@ from typing import NamedTuple
 from slurm.files import CONTROLLER_LOG, TRY_MARK, log_file
 
 _TAIL_LINES = 12
-_SIGKILL = " (SIGKILL; by the kernel, where memory ran out)"
+# Ends in srun's words, and what they mean.
+_KILLED, _NO_MEMORY = "Killed", "Out Of Memory"
+_MEANING = {
+    _KILLED: "killed (SIGKILL), perhaps for want of memory",
+    _NO_MEMORY: "out of memory: killed (SIGKILL)",
+}
+# Where SLURM confines jobs by cgroups it counts what the kernel has killed there.
+_OOM_KILL = re.compile(r"Detected \d+ oom.kill event")
 # What the other ranks say when one has gone: a consequence, whatever their clocks say.
 _CONSEQUENCE = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
@@ -26,8 +33,7 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         host = f" on {self.host}" if self.host else ""
-        hint = _SIGKILL if self.how == "Killed" else ""
-        return f"rank {self.rank}{host}: {self.how}{hint}"
+        return f"rank {self.rank}{host}: {_MEANING.get(self.how, self.how)}"
 
 
 def first_failure(folder: Path, job_id: str) -> Failure | None:
@@ -40,6 +46,9 @@ def first_failure(folder: Path, job_id: str) -> Failure | None:
     bad_input = False
     if ends and (killed or not reports):
         host, rank, how = ends[0]
+        srun = log_file(folder, job_id, 0)
+        if how == _KILLED and srun.exists() and _OOM_KILL.search(_last_try(srun)):
+            how = _NO_MEMORY
     elif reports:
         host, rank, how, bad_input = reports[0]
     else:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import submitit
 
-from cvae.errors import UserError
+from cvae.errors import UserError, in_words
 from cvae.paths import write_atomically
 from slurm import files
 
@@ -93,7 +93,7 @@ def _fail(rank: int, error: Exception, file: Path) -> NoReturn:
         message, status = " ".join(str(error).split()), 2
         print(f"error: {message}", flush=True)
     else:
-        message, status = f"{type(error).__name__}: {error}", 1
+        message, status = in_words(error), 1
         logging.getLogger(__name__).error("rank %d failed", rank, exc_info=error)
     report = {"time": time.time(), "rank": rank, "host": socket.gethostname(), "error": message}
     with suppress(OSError):

@@ -42,7 +42,7 @@ _OF_SLURM: dict[str, tuple[Cause, str]] = {
     "NODE_FAIL": ("node", "a node failed"),
     "REQUEUED": ("slurm", "requeued in SLURM"),
     "TIMEOUT": ("time limit", KILLED_AT_LIMIT),
-    "OUT_OF_MEMORY": ("crash", "killed, out of memory"),
+    "OUT_OF_MEMORY": ("crash", "out of memory: killed by SLURM"),
     "CANCELLED": ("cancelled", "cancelled in SLURM"),
 }
 

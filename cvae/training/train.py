@@ -17,7 +17,7 @@ from cvae.config import Experiment
 from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.data.feed import micro_batches, training_feed
 from cvae.data.order import BatchOrder
-from cvae.errors import UserError
+from cvae.errors import UserError, in_words
 from cvae.evaluation.elbo import evaluate_elbo
 from cvae.models.cvae import build_model
 from cvae.models.published import load_published
@@ -77,7 +77,7 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
         except BaseException as error:
             what = str(error)
             if not isinstance(error, UserError):
-                what = f"rank 0 on {socket.gethostname()}: {type(error).__name__}: {error}"
+                what = f"rank 0 on {socket.gethostname()}: {in_words(error)}"
             record.end("failed", record.step, what)
             raise
         record.end(*outcome)

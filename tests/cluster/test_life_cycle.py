@@ -93,7 +93,7 @@ def test_preempted_crashed_and_cancelled(
     assert (told(run)[1].ended or 0) - killed < 60
     until_trained(run, 3)
     assert [one.cause for one in told(run)] == ["preempted", "crash", None]
-    assert f"rank 1 on {told(run)[1].node}: Killed" in lines(run, "end")[-1]["reason"]
+    assert f"rank 1 on {told(run)[1].node}: killed (SIGKILL)" in lines(run, "end")[-1]["reason"]
     assert len({line["code"] for line in lines(run, "start")}) == 1
 
     # To cancel is to stop, and not to be preempted.
@@ -106,5 +106,5 @@ def test_preempted_crashed_and_cancelled(
     capsys.readouterr()
     assert runs.main(["show", "r"]) == 0
     shown = capsys.readouterr().out
-    for words in ("preempted: SIGTERM at step", f"rank 1 on {told(run)[1].node}: Killed"):
+    for words in ("preempted: SIGTERM at step", f"rank 1 on {told(run)[1].node}: killed"):
         assert words in shown

@@ -71,6 +71,17 @@ def segfault(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def hoard(folder: Path) -> None:
+    """More than the host has, as far as this process is concerned."""
+    import resource
+
+    import torch
+
+    torch.zeros(1)
+    resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, resource.RLIM_INFINITY))
+    torch.zeros(4 * 2**30)
+
+
 def note(argument: str, how: str, restarts: bool) -> None:
     with (Path(argument) / "noted").open("a") as file:
         file.write(f"{how}, restarts {restarts}\n")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from cvae.errors import in_words
 from slurm import executors, queue, tries
 from slurm.cluster import ClusterConfig, Place, Placement
 from slurm.evidence import first_failure
@@ -112,6 +114,32 @@ def test_the_rank_that_caused_it_is_named_and_not_the_one_that_noticed(
     assert failure is not None
     assert (failure.rank, failure.how) == (1, "ValueError: the cause")
     assert any("the cause" in line for line in failure.tail)
+
+
+def test_out_of_memory_is_told_apart(
+    start: Callable[[str, int], Submission], tmp_path: Path
+) -> None:
+    submission = start("hoard", 1)
+    wait_for_end(submission)
+    failure = first_failure(tmp_path, submission.job_id)
+    assert failure is not None
+    assert failure.how.startswith("out of memory: RuntimeError: ")
+    assert str(failure).startswith(f"rank 0 on {os.uname().nodename}: out of memory: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("size mismatch"), False),
+        (ValueError("a poem: out of memory"), False),
+    ],
+)
+def test_which_exceptions_say_that_memory_ran_out(error: Exception, told: bool) -> None:
+    assert in_words(error).startswith("out of memory: ") == told
+    assert in_words(error).endswith(f"{type(error).__name__}: {error}")
 
 
 @pytest.mark.parametrize(("function", "ends"), [("stumble", 3), ("segfault", 2)])

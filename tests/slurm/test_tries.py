@@ -131,5 +131,22 @@ def test_the_last_try_is_told_apart_in_the_log(tmp_path: Path) -> None:
 
 
 def _killed(rank: int, node: str) -> tuple[str, str]:
-    how = "Killed (SIGKILL; by the kernel, where memory ran out)"
+    how = "killed (SIGKILL), perhaps for want of memory"
     return f"rank {rank} on {node}: {how}", node
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("srun: error: n1: task 3: Out Of Memory\n", "out of memory: killed (SIGKILL)"),
+        (
+            "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=12.0. Some of your processes\n"
+            "srun: error: n1: task 3: Killed\n",
+            "out of memory: killed (SIGKILL)",
+        ),
+        ("srun: error: n1: task 3: Killed\n", "killed (SIGKILL), perhaps for want of memory"),
+    ],
+)
+def test_out_of_memory_is_said_where_slurm_knows(tmp_path: Path, log: str, why: str) -> None:
+    files.log_file(tmp_path, JOB, 0).write_text(f"=== try 1 on n1\n{log}")
+    assert tries.ending(tmp_path, JOB, 137) == Ending("crash", f"rank 3 on n1: {why}", "n1")
