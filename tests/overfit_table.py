@@ -26,7 +26,8 @@ BACKBONES = {
         "model.ldm.layers_per_block=1",
         "model.ldm.norm_num_groups=4",
         "model.latent_dim=4",
-        "training.max_steps=250",  # half a second each
+        "training.max_steps=120",  # half a second each
+        "optimizer.lr=4e-3",
     ],
 }
 FUSIONS = ("concat", "add", "film")
