@@ -1,7 +1,7 @@
 """The one exception that is meant for the person at the keyboard, and the others in words."""
 
-# PyTorch has a class of its own for a GPU's memory, and a RuntimeError for the host's.
-_WANT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory")
+# PyTorch's RuntimeErrors for the host's memory and for a GPU's.
+_WANT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
 
 
 class UserError(Exception):
@@ -14,6 +14,5 @@ class UserError(Exception):
 def in_words(error: BaseException) -> str:
     """ "ValueError: …", or "out of memory: RuntimeError: …"."""
     text = f"{type(error).__name__}: {error}"
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _WANT_OF_MEMORY)
-    return f"out of memory: {text}" if known or said else text
+    return f"out of memory: {text}" if said or isinstance(error, MemoryError) else text

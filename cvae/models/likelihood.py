@@ -1,6 +1,7 @@
 """p(x | z, c): what the decoder's output means and what a reconstruction costs."""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional
 _GAUSSIAN_NATS_PER_DIM = 0.5 * math.log(math.pi) + math.log(255)
 
 
-class Likelihood(nn.Module):
+class Likelihood(nn.Module, ABC):
     """Turns the decoder's raw output into a loss in nats and into an image."""
 
     nats_per_dim = 0.0
@@ -23,9 +24,9 @@ class Likelihood(nn.Module):
         super().__init__()
         self.signed_output = signed_output
 
+    @abstractmethod
     def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """−log p(x|z,c) without constants, in nats: (B, C, H, W) twice, target in [0, 1] → (B,)."""
-        raise NotImplementedError
 
     def mean(self, output: Tensor) -> Tensor:
         """The mean image of the decoder's output, same shape, in [0, 1] or about there."""

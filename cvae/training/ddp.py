@@ -13,6 +13,7 @@ from cvae.config import Experiment
 from cvae.data.feed import MicroBatch
 from cvae.models.cvae import Cvae, Elbo
 from cvae.training import precision
+from cvae.training.adam import build_adam
 from cvae.training.checkpoint import Snapshot, Tensors
 from cvae.training.ema import update_average
 from cvae.training.ranks import Ranks
@@ -29,21 +30,15 @@ class DdpEngine:
         self.precision = precision.resolve(experiment.training.precision, ranks.device)
         self.clip_norm = experiment.optimizer.clip_norm
         self.batch_size = experiment.training.global_batch_size
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=experiment.optimizer.lr,
-            betas=experiment.optimizer.betas,
-            weight_decay=experiment.optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizer = build_adam(model, experiment.optimizer)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.ema_decay = experiment.training.ema_decay
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if self.ema_decay else None
         self.parallel: nn.Module = self.model
         if ranks.world_size > 1:
-            self.parallel = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            # The argument has another name from torch 2.13 on, which warns of the old one.
+            self.parallel.broadcast_buffers = False
 
     @property
     def eval_model(self) -> Cvae:

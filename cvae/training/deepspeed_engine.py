@@ -18,6 +18,7 @@ from cvae.config import Experiment
 from cvae.data.feed import MicroBatch
 from cvae.models.cvae import Cvae, Elbo
 from cvae.training import precision, zero
+from cvae.training.adam import build_adam
 from cvae.training.checkpoint import Snapshot, Tensors
 from cvae.training.ema import copy_buffers, update_average
 from cvae.training.ranks import Ranks
@@ -41,13 +42,7 @@ class DeepSpeedEngine:
         # Stages 2 and 3 talk in every backward pass: all ranks make as many, whatever their shares.
         most = -(-self.batch_size // ranks.world_size)
         self.passes = -(-most // (training.micro_batch_size or most))
-        self.adam = torch.optim.AdamW(
-            model.parameters(),
-            lr=experiment.optimizer.lr,
-            betas=experiment.optimizer.betas,
-            weight_decay=experiment.optimizer.weight_decay,
-            fused=True,
-        )
+        self.adam = build_adam(model, experiment.optimizer)
         self.adam.register_step_pre_hook(self._before_update)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=ranks.device))  # makes its tensors
