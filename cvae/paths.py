@@ -20,6 +20,10 @@ def runs_dir() -> Path:
     return home() / "runs"
 
 
+def sweeps_dir() -> Path:
+    return home() / "sweeps"
+
+
 def tracking_uri() -> str:
     """$MLFLOW_TRACKING_URI, else an SQLite file in home(), where a bare `mlflow ui` finds it too."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -82,6 +82,50 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from known_keys(part, f"{prefix}{name}.")
 
 
+def leaf_keys(model: type[BaseModel]) -> list[str]:
+    """The dotted keys that hold values and not blocks."""
+    known = list(known_keys(model))
+    return [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
+
+
+def line_of(path: Path, key: Key) -> int:
+    """Where a key stands in a file that `load` has read."""
+    return _read(path)[1][key]
+
+
+def replaced(model: M, values: Mapping[str, Any]) -> M:
+    """The model with other values at dotted keys, checked as a whole. Raises UserError with one line."""
+    try:
+        return type(model).model_validate(_tree_with(model, values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        shown = ", ".join(f"{key} = {value!r}" for key, value in values.items())
+        raise UserError(_describe(problem, type(model), {}, shown)) from None
+
+
+def wrong_value(model: BaseModel, key: str, value: Any) -> str | None:
+    """Why the key can never hold the value, whatever the other keys hold; None where it can."""
+    try:
+        type(model).model_validate(_tree_with(model, {key: value}))
+    except ValidationError as error:
+        for problem in error.errors():
+            # Parts that do not fit together have no place of their own, or only that of their block.
+            if ".".join(str(part) for part in problem["loc"]).startswith(key):
+                return _describe(problem, type(model), {}, "").removeprefix(": ")
+    return None
+
+
+def _tree_with(model: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    tree = model.model_dump(mode="json")
+    for key, value in values.items():
+        *blocks, name = key.split(".")
+        below = tree
+        for block in blocks:
+            below = below[block]
+        below[name] = value
+    return tree
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -147,7 +191,7 @@ def _describe(
     place = next((origin[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origin), path)
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"{place}: {name} = {value!r}: unknown key{_nearest(name, list(known_keys(model)))}"
+        return f"{place}: {name} = {value!r}: unknown key{nearest(name, list(known_keys(model)))}"
     if kind == "missing":
         return f"{place}: {name}: missing"
     if kind == "value_error":
@@ -156,12 +200,12 @@ def _describe(
     message = problem["msg"].removeprefix("Input ")
     near = ""
     if kind == "literal_error" and isinstance(value, str):
-        near = _nearest(value, re.findall(r"'([^']*)'", problem["msg"]))
+        near = nearest(value, re.findall(r"'([^']*)'", problem["msg"]))
     return f"{place}: {name} = {value!r}: {message}{near}"
 
 
-def _nearest(name: str, candidates: list[str]) -> str:
-    """The candidate meant by a misspelt or misplaced name: by its last part first, then as a whole."""
+def nearest(name: str, candidates: list[str]) -> str:
+    """ "; did you mean …?" for a misspelt or misplaced name: by its last part first, then as a whole."""
     leaf = name.rpartition(".")[2]
     leaves = {c.rpartition(".")[2]: c for c in reversed(candidates)}
     whole = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)

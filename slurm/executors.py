@@ -35,6 +35,11 @@ class Job(NamedTuple):
     env: Mapping[str, str]
     care: Care | None = None
     """None: it is not tried again by itself."""
+    once_per_node: bool = False
+    """Called once on every node, with all that is asked for of the node, instead of once per GPU; a node that
+    fails does not end the others."""
+    ends_with: int | None = None
+    """A process of this machine that the job does not outlive: it is then told to save."""
 
 
 def submit(what: Job, place: Place, placement: Placement, gpus: int) -> Submission:
@@ -101,6 +106,10 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     memory = (
         f"{config.mem_per_gpu_gb * placement.ranks_per_node}G" if config.mem_per_gpu_gb else None
     )
+    ranks = placement.ranks_per_node
+    tasks = 1 if what.once_per_node else ranks
+    flags: dict[str, bool] = {"no_kill": True} if what.once_per_node else {}
+    bad_exit = "--no-kill" if what.once_per_node else "--kill-on-bad-exit=1"
     return {
         "job_name": what.name,
         "partition": config.partition,
@@ -108,9 +117,9 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
         "qos": config.qos,
         "constraint": config.constraint,
         "nodes": placement.nodes,
-        "ntasks_per_node": placement.ranks_per_node,
-        "gpus_per_node": f"{gpus}{placement.ranks_per_node}",
-        "cpus_per_task": cpus,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": f"{gpus}{ranks}",
+        "cpus_per_task": cpus * ranks // tasks,
         "mem": memory,
         "time": config.time_limit_min or 0,  # 0: no limit
         "signal_delay_s": config.grace_s,
@@ -120,9 +129,9 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
         "stderr_to_stdout": True,
         "wckey": None,
         # A site may have turned requeueing off for those who do not ask for it.
-        "additional_parameters": {"chdir": str(what.folder), "requeue": True},
+        "additional_parameters": {"chdir": str(what.folder), "requeue": True, **flags},
         # Since SLURM 22.05 srun does not take over sbatch's --cpus-per-task.
-        "srun_args": [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
+        "srun_args": [f"--cpus-per-task={cpus * ranks // tasks}", bad_exit],
     }
 
 
@@ -142,9 +151,12 @@ def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     executor = local.DetachedExecutor(what.folder)
+    env = {**_environment(what, config), "CVAE_MASTER_PORT": str(port)}
+    if what.ends_with is not None:
+        env["CVAE_ENDS_WITH"] = str(what.ends_with)
     executor.update_parameters(
-        tasks_per_node=placement.world_size,
-        env={**_environment(what, config), "CVAE_MASTER_PORT": str(port)},
+        tasks_per_node=1 if what.once_per_node else placement.world_size,
+        env=env,
         care=what.care,
         max_restarts=config.max_restarts,
     )

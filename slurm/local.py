@@ -100,6 +100,13 @@ class _Controller(Controller):  # type: ignore[misc]
             if not restarts:
                 return
 
+    def _is_orphaned(self) -> bool:
+        owner = os.environ.get("CVAE_ENDS_WITH")
+        try:
+            return owner is not None and psutil.Process(int(owner)).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
     def _forward_signal(self, signum: signal.Signals, *args: Any) -> None:
         self.told_to_end |= signum == signal.SIGTERM
         super()._forward_signal(signum, *args)
@@ -108,6 +115,9 @@ class _Controller(Controller):  # type: ignore[misc]
         running = dict(enumerate(self.tasks))
         deadline, status = float("inf"), 0
         while running and time.monotonic() < deadline:
+            if not self.told_to_end and self._is_orphaned():
+                print(f"job {self.pid}: what it belongs to has gone; told to save", flush=True)
+                self._forward_signal(signal.SIGTERM)
             for rank, task in list(running.items()):
                 code = task.poll()
                 if code is not None:
@@ -169,6 +179,8 @@ def _members(pid: int, started: float) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
+    # Inside an allocation SLURM warns every process of its end; the ranks bind it for themselves.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     controller = _Controller(Path(sys.argv[1]))
     if sys.argv[3:]:
         asked = Care(*json.loads(sys.argv[3])), int(sys.argv[4])

@@ -26,12 +26,15 @@ from workflows.text import shown
 
 TRAIN = "cvae.training.train:train"
 AFTER = "cvae.training.aftermath:note_bad_end"
+AFTER_IN_SWEEP = "cvae.training.aftermath:journal_bad_end"
 
 
-def job_of(run: RunDirectory, code: Path) -> Job:
-    """code: the snapshot that it is to run."""
-    care = Care(str(run.checkpoints / "step-*"), AFTER, str(run.path))
-    return Job(run.name, run.logs, TRAIN, (run.path,), job_environment(code), care)
+def job_of(run: RunDirectory, code: Path, part_of_sweep: bool = False) -> Job:
+    """code: the snapshot that it is to run. part_of_sweep: it ends with this process, which tells MLflow."""
+    after = AFTER_IN_SWEEP if part_of_sweep else AFTER
+    care = Care(str(run.checkpoints / "step-*"), after, str(run.path))
+    job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), job_environment(code), care)
+    return job._replace(ends_with=os.getpid()) if part_of_sweep else job
 
 
 def job_environment(code: Path) -> dict[str, str]:
@@ -60,8 +63,10 @@ def submit_new(
     return run
 
 
-def submit(run: RunDirectory, place: Place, placement: Placement, gpus: int) -> Submission:
-    """Raises UserError where the run is queued, running or finished."""
+def submit(
+    run: RunDirectory, place: Place, placement: Placement, gpus: int, part_of_sweep: bool = False
+) -> Submission:
+    """part_of_sweep: see job_of. Raises UserError where the run is queued, running or finished."""
     with locked(run):
         state = run_state(run)
         if state.job.alive:
@@ -78,7 +83,7 @@ def submit(run: RunDirectory, place: Place, placement: Placement, gpus: int) -> 
         code = Snapshot().write()
         code_snapshot.link(run.path, code)
         with interrupts_wait():
-            submission = executors.submit(job_of(run, code), place, placement, gpus)
+            submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)
             more = {"journal_offset": offset, "code": code.name}
             submission = submission.model_copy(update=more)
             try:

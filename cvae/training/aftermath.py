@@ -15,12 +15,18 @@ def note_bad_end(run_path: str, reason: str, restarts: bool) -> None:
 
     restarts: the run goes on, and its next start brings this line to MLflow.
     """
+    if journal_bad_end(run_path, reason, restarts) and not restarts:
+        mlflow_mirror.start_mirror(Path(run_path)).finish(_MIRROR_PATIENCE_S)
+
+
+def journal_bad_end(run_path: str, reason: str, restarts: bool) -> bool:
+    """The same without MLflow, for a run that a sweep tells MLflow about. Returns whether it was written."""
     run = RunDirectory(Path(run_path))
     with open(run.path / "train.lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return  # on a host out of reach rank 0 lives on, and writes
+            return False  # on a host out of reach rank 0 lives on, and writes
         lines = journal.read(run.journal_file)[0]
         last = lines[-1] if lines else {"kind": None}
         step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
@@ -31,5 +37,4 @@ def note_bad_end(run_path: str, reason: str, restarts: bool) -> None:
                 writer.append("end", status="failed", step=step, reason=reason)
             finally:
                 writer.close()
-    if not restarts:
-        mlflow_mirror.start_mirror(run.path).finish(_MIRROR_PATIENCE_S)
+    return True

@@ -109,7 +109,7 @@ def sync(run_dir: Path, progress: Callable[[int], object]) -> None:
     `progress` hears how many lines have arrived since it was called last, of `behind(run_dir)` in
     all. Raises UserError where MLflow does not answer, or where a mirror is at work.
     """
-    _prepare_mlflow()
+    prepare_mlflow()
     from cvae.training.mlflow_push import Pusher
 
     with _alone(run_dir, wait=False):
@@ -131,7 +131,7 @@ def main(run_dir: Path) -> int:
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    _prepare_mlflow()
+    prepare_mlflow()
     from cvae.training.mlflow_push import Pusher
 
     with _alone(run_dir, wait=True):
@@ -149,7 +149,7 @@ def _follow(pusher: "Pusher") -> int:
     _log.info("mirroring to %s", pusher.state.tracking_uri)
     while True:
         # Asked before reading: what was written before the end was told is read below.
-        ended = _told_end(wait)
+        ended = told_end(wait)
         try:
             pusher.push()
             if ended:
@@ -180,7 +180,8 @@ def _follow(pusher: "Pusher") -> int:
             wait = min(2 * wait, _LONGEST_WAIT)
 
 
-def _told_end(timeout: float) -> bool:
+def told_end(timeout: float) -> bool:
+    """Waits so many seconds; whether standard input has said something, or ended."""
     readable, _, _ = select.select([sys.stdin], [], [], timeout)
     return bool(readable)
 
@@ -205,7 +206,8 @@ def _log_file(run_dir: Path) -> Path:
     return folder / "mlflow.log"
 
 
-def _prepare_mlflow() -> None:
+def prepare_mlflow() -> None:
+    """What has to be said to MLflow before it is imported by a mirror."""
     # The pusher repeats what failed. MLflow's own repetitions would also create a run twice.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

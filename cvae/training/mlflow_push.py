@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,10 @@ class Pusher:
     Raises UserError where the run can never be in MLflow at all.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, tags: Mapping[str, str] | None = None) -> None:
+        """tags: further ones of the run, as its parent's id."""
         self.run_dir = run_dir
+        self._tags = dict(tags or {})
         self.state = mlflow_state.load(run_dir)
         self.uri = mlflow_state.tracking_uri(self.state)
         self._client: MlflowClient | None = None
@@ -121,6 +123,7 @@ class Pusher:
                     "mlflow.source.type": "JOB",
                     "mlflow.source.name": "workflows/launch.py",
                     "run_dir": str(self.run_dir),
+                    **self._tags,
                 },
             )
         self._run_id = self.state.run_id = run.info.run_id

@@ -1,0 +1,204 @@
+"""A Ray cluster inside one job: Ray's head with the driver on the first node, a raylet on every other.
+
+On this machine alone Ray listens on loopback only. Between hosts it listens on all interfaces (Ray has no
+option for less), so every cluster has a token of its own, without which nobody is heard.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cvae.errors import UserError
+from cvae.paths import write_atomically
+
+_HEAD_PATIENCE_S = 120.0
+_POLL_S = 1.0
+# After SIGTERM: the trials save, then Ray ends.
+_STOP_PATIENCE_S = 90.0
+_log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    status: str
+    """finished | failed | stopped (by a signal)."""
+    reason: str
+
+
+class _Stop:
+    """SIGTERM and SIGUSR2 (time limit), to be looked at in the waiting loops."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+
+
+def write_token(folder: Path) -> dict[str, str]:
+    """Makes the cluster's token; returns the environment of all that are to take part."""
+    file = folder / "ray_token"
+    write_atomically(file, secrets.token_urlsafe(32))
+    file.chmod(0o600)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+
+
+def run(
+    folder: Path, driver: list[str], gpus: int, address: str | None, beside: list[str]
+) -> Outcome | None:
+    """Called once on every node of a job. driver: `python -m …`, run on the first node where Ray is up.
+
+    gpus: that each node gives. address: a Ray that is there already, instead. beside: another module that is
+    run while the driver runs, until its standard input ends. Raises RuntimeError where the driver ends badly.
+    """
+    node, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    stop = _Stop()
+    meeting = folder / "ray_head"
+    if node > 0:
+        _worker(meeting, gpus, stop)
+        return None
+    meeting.unlink(missing_ok=True)
+    environment = _environment(nodes)
+    environment |= {"CVAE_RAY_MEETING": str(meeting), "CVAE_RAY_GPUS": str(gpus)}
+    if address is not None:
+        environment["CVAE_RAY_ADDRESS"] = address
+    with _helper(beside):
+        # In a session of its own: what ends this process group must not cut off the driver's last words.
+        process = subprocess.Popen(
+            [sys.executable, "-m", *driver], env=environment, start_new_session=True
+        )
+        try:
+            status = _wait(process, stop)
+        finally:
+            meeting.unlink(missing_ok=True)
+            _end(process)
+    if stop.signal:
+        return Outcome("stopped", f"{stop.signal}, the trials saved")
+    if status:
+        raise RuntimeError(f"the driver ended with status {status}")
+    return Outcome("finished", "")
+
+
+@contextmanager
+def connect() -> Iterator[None]:
+    """In the driver: Ray is up, as head of this job's cluster or as the one at the given address."""
+    import ray
+
+    address = os.environ.get("CVAE_RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from None
+    else:
+        gpus = int(os.environ["CVAE_RAY_GPUS"])
+        # The head's processes end with this one, however it ends.
+        ray.init(
+            address="local",
+            num_cpus=max(1, gpus),
+            num_gpus=gpus,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            **quiet,
+        )
+        write_atomically(
+            Path(os.environ["CVAE_RAY_MEETING"]), ray.get_runtime_context().gcs_address
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _environment(nodes: int) -> dict[str, str]:
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+    # Where there are no GPUs, Ray would hide none: its slots are then cores.
+    if nodes == 1:
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback only
+    return environment
+
+
+def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
+    """Lends this node to the head until that has gone."""
+    head = _find_head(meeting, stop)
+    if head is None:
+        return
+    command = ["ray.scripts.scripts", "start", f"--address={head}", "--block"]
+    slots = [f"--num-cpus={max(1, gpus)}", f"--num-gpus={gpus}", "--disable-usage-stats"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, *slots, "--object-store-memory=200000000"],
+        env=_environment(2),
+    )
+    try:
+        while process.poll() is None and not stop.signal and meeting.exists() and _answers(head):
+            time.sleep(_POLL_S)
+    finally:
+        _end(process)
+
+
+def _find_head(meeting: Path, stop: _Stop) -> str | None:
+    deadline = time.monotonic() + _HEAD_PATIENCE_S
+    while not stop.signal:
+        with suppress(OSError):
+            head = meeting.read_text()
+            if _answers(head):
+                return head
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no Ray head after {_HEAD_PATIENCE_S:.0f} s ({meeting})")
+        time.sleep(_POLL_S)
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    for _ in range(3):
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+@contextmanager
+def _helper(module: list[str]) -> Iterator[None]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+
+
+def _wait(process: "subprocess.Popen[bytes]", stop: _Stop) -> int:
+    deadline = float("inf")
+    while (status := process.poll()) is None and time.monotonic() < deadline:
+        if stop.signal and deadline == float("inf"):
+            _log.info("%s: the trials are told to save", stop.signal)
+            process.terminate()
+            deadline = time.monotonic() + _STOP_PATIENCE_S
+        time.sleep(0.2)
+    return status or 0
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    process.kill()
+    process.wait()

@@ -1,0 +1,169 @@
+"""Searches an experiment's keys with Ray Tune: prints the plan, submits, shows the trials, names the best.
+
+    python workflows/sweep.py SWEEP.yaml [--nodes N --gpus G] [--gpus-per-trial F] [--cluster NAME]
+                              [--address HOST:PORT] [--name SWEEP] [--dry-run] [--detach] [key=value …]
+    python workflows/sweep.py --resume SWEEP     goes on with it, or watches it where it still runs
+    python workflows/sweep.py --cancel SWEEP
+
+Exit status: 0 all trials have ended, 1 the sweep (or every trial) failed, 2 bad input (nothing is written), 3
+stopped, 130 detached by Ctrl-C (the sweep goes on).
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from cvae import paths
+from cvae.config import Experiment
+from cvae.data.store import open_store
+from cvae.errors import UserError
+from cvae.run_directory import check_new_name
+from slurm import cluster, queue, tries
+from workflows import command_line
+from workflows.command_line import Parser, positive
+from workflows.sweeps.config import load_sweep
+from workflows.sweeps.directory import SweepDirectory, free_sweep_name
+from workflows.text import aligned, shown
+
+_SAVE_PATIENCE_S = 90.0
+
+
+def parser() -> Parser:
+    parser = Parser(prog="sweep.py", description="Searches an experiment's keys with Ray Tune.")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="SWEEP.yaml | key=value",
+        help="the sweep's file, and values that replace its own (search.samples=4) or its experiment's"
+        " (training.epochs=2; a key of the space then has that one value)",
+    )
+    parser.add_argument("--nodes", type=positive, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="G",
+        help="in total (default: on SLURM one per node, here all GPUs, or else cores)",
+    )
+    parser.add_argument(
+        "--gpus-per-trial",
+        type=_share,
+        metavar="F",
+        help="default: 1; 0.5 puts two trials on a GPU, 2 gives each trial two ranks",
+    )
+    parser.add_argument("--cluster", metavar="NAME", help="as for launch.py")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="a Ray cluster that is there already"
+    )
+    parser.add_argument("--name", metavar="SWEEP", help="default: the file's name and the time")
+    parser.add_argument("--resume", metavar="SWEEP", help="continue a sweep; `latest` is one, too")
+    parser.add_argument("--cancel", metavar="SWEEP", help="end a sweep; its trials save first")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
+    parser.add_argument("--detach", action="store_true", help="submit and do not wait")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    if options.cancel:
+        return _cancel(SweepDirectory.open(options.cancel))
+    if options.resume:
+        return _resume(SweepDirectory.open(options.resume), options)
+    files = [word for word in options.words if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in options.words if word not in files]
+    if len(files) != 1:
+        raise UserError("name one sweep file, as configs/sweeps/demo.yaml; overrides are key=value")
+    check_new_name(options.name)
+    loaded = load_sweep(Path(files[0]), overrides, paths.PROJECT_ROOT)
+    seats, where = _seats(options, loaded.experiment)
+    name = options.name or free_sweep_name(loaded.sweep.name)
+
+    from workflows.sweeps import launching, view
+
+    facts = launching.facts_of(loaded, seats, name)
+    origin = " ".join([shown(Path(files[0])), *overrides])
+    start = [("sweep", f"{name}, from {origin}"), ("experiment", loaded.sweep.experiment)]
+    print(aligned([*start, *where, *facts]), flush=True)
+    if options.dry_run:
+        print("\n(dry run: nothing was started)")
+        return 0
+    sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
+    try:
+        launching.submit(sweep, seats, options.address)
+    except BaseException:
+        if not sweep.submissions():
+            shutil.rmtree(sweep.path, ignore_errors=True)
+        raise
+    print()
+    if options.detach:
+        print(f"submitted; watch it: python workflows/sweep.py --resume {sweep.name}")
+        return 0
+    return view.follow(sweep)
+
+
+def _resume(sweep: SweepDirectory, options: Any) -> int:
+    if options.words:
+        raise UserError(
+            f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
+        )
+    from workflows.sweeps import launching, view
+
+    last = sweep.submissions()[-1] if sweep.submissions() else None
+    if last is not None and queue.look(last).alive:
+        print(f"{sweep.name} is at work ({last.where})", flush=True)
+        return view.follow(sweep)
+    trials = sweep.trials()
+    if len(trials) >= sweep.sweep().n_trials and all(trial.ended for trial in trials):
+        raise UserError(f"{sweep.name} is finished: {len(trials)} trials; start another sweep")
+    if last is not None:
+        options.nodes = options.nodes or last.nodes
+        options.gpus = options.gpus or last.gpus
+        options.cluster = options.cluster or last.cluster
+        options.gpus_per_trial = options.gpus_per_trial or sweep.launches()[-1]["gpus_per_trial"]
+    seats, where = _seats(options, sweep.experiment())
+    print(aligned([("sweep", sweep.name), *where]), flush=True)
+    launching.submit(sweep, seats, options.address)
+    return 0 if options.detach else view.follow(sweep)
+
+
+def _cancel(sweep: SweepDirectory) -> int:
+    last = sweep.submissions()[-1]
+    if not queue.look(last).alive:
+        raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
+    tries.mark_cancelled(sweep.logs, last.job_id)
+    queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    print(f"cancelled {sweep.name} at {time.strftime('%H:%M:%S')}")
+    return 0
+
+
+def _seats(options: Any, experiment: Experiment) -> tuple[Any, Any]:
+    # Before torch is imported, which takes seconds.
+    open_store(experiment.data.name, experiment.data.image_size)
+    from workflows.plan import locate
+    from workflows.sweeps.launching import Seats, check_seats
+
+    place = cluster.choose(options.cluster)
+    nodes = options.nodes or 1
+    many = 4096 if place.config.executor == "local" else nodes
+    asked = cluster.split(nodes, options.gpus or many)
+    place, placement, where = locate(asked, options.cluster, options.dry_run)
+    if options.gpus is None:
+        where = [(name, text.splitlines()[0]) for name, text in where]
+    seats = Seats(place, placement, options.gpus_per_trial or 1.0)
+    check_seats(seats, place.config.executor == "slurm" or cluster.gpus_here() > 0)
+    return seats, where
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return share
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,154 @@
+"""A sweep's folder, and the list of its trials as it stands there.
+
+sweeps/<sweep>/sweep.yaml        what is searched      experiment.yaml   what all trials share
+               trials.json       every trial: its run, changed keys, how far it has come, how it ended
+               launch.json       every submission      logs/, code/      as in a run's folder
+               ray/              Ray Tune's own state  mlflow.json       the parent run
+"""
+
+import difflib
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cvae import paths, yaml_model
+from cvae.config import Experiment, load_experiment
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory
+from slurm.queue import Submission
+from workflows.sweeps.config import Sweep
+
+Status = Literal["queued", "running", "finished", "stopped early", "failed"]
+_LONGEST_RUN_NAME = 90
+
+
+@dataclass
+class Trial:
+    index: int
+    id: str
+    """Ray Tune's."""
+    run: str
+    """The name of its run; under population based training of the newest of them."""
+    values: dict[str, Any]
+    status: Status = "queued"
+    reason: str = ""
+    """Of a failure, in one line."""
+    epoch: float = 0.0
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the newest evaluation."""
+    best: float | None = None
+    """The best value of the sweep's metric so far."""
+    runs: list[str] = field(default_factory=list)
+    """All its runs, oldest first."""
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("finished", "stopped early", "failed")
+
+
+class SweepDirectory:
+    def __init__(self, path: Path):
+        self.path = path
+        self.name = path.name
+        self.sweep_file = path / "sweep.yaml"
+        self.experiment_file = path / "experiment.yaml"
+        self.trials_file = path / "trials.json"
+        self.launch_file = path / "launch.json"
+        self.logs = path / "logs"
+        self.ray = path / "ray"
+
+    @classmethod
+    def create(cls, name: str, sweep: Sweep, experiment: Experiment) -> "SweepDirectory":
+        """Whole or not at all. Raises UserError where the name is taken or the folder cannot be written."""
+        made = cls(paths.sweeps_dir() / name)
+        nascent = made.path.with_name(f".{name}.{os.getpid()}.new")
+        try:
+            (nascent / "logs").mkdir(parents=True)
+            says = "sweep.py --resume goes on with it; the experiment is in experiment.yaml."
+            (nascent / "sweep.yaml").write_text(yaml_model.dump(sweep, says))
+            says = "What all trials of the sweep share."
+            (nascent / "experiment.yaml").write_text(yaml_model.dump(experiment, says))
+            os.rename(nascent, made.path)
+        except OSError as error:
+            shutil.rmtree(nascent, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise UserError(f"sweep name {name} is taken ({made.path})") from None
+            raise UserError(f"{made.path}: cannot be written: {error.strerror}") from None
+        return made
+
+    @classmethod
+    def open(cls, name: str) -> "SweepDirectory":
+        """The sweep of that name, or the newest for "latest". Raises UserError with the nearest name."""
+        there = {
+            file.parent.name: file for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")
+        }
+        if name == "latest" and there:
+            name = max(there, key=lambda found: there[found].stat().st_mtime)
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{name}: no such sweep in {paths.sweeps_dir()}{hint}")
+        return cls(paths.sweeps_dir() / name)
+
+    def sweep(self) -> Sweep:
+        return yaml_model.load(self.sweep_file, Sweep)
+
+    def experiment(self) -> Experiment:
+        return load_experiment(self.experiment_file)
+
+    def trials(self) -> list[Trial]:
+        """As they stand, in their order; empty before the first."""
+        with suppress(FileNotFoundError):
+            return [Trial(**entry) for entry in json.loads(self.trials_file.read_text())]
+        return []
+
+    def write_trials(self, trials: list[Trial]) -> None:
+        text = json.dumps([asdict(trial) for trial in trials], indent=1)
+        paths.write_atomically(self.trials_file, text + "\n")
+
+    def launches(self) -> list[dict[str, Any]]:
+        """Every time the sweep was handed to SLURM or to this machine, oldest first."""
+        if not self.launch_file.exists():
+            return []
+        launches: list[dict[str, Any]] = json.loads(self.launch_file.read_text())
+        return launches
+
+    def submissions(self) -> list[Submission]:
+        return [Submission.model_validate(entry) for entry in self.launches()]
+
+
+def free_sweep_name(stem: str) -> str:
+    base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
+    return next(name for name in names if not (paths.sweeps_dir() / name).exists())
+
+
+def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
+    """As "ablation-20261123-190500-07-fusion_add-seed_2": what differs is what one reads in MLflow's list."""
+    parts = [f"{key.rpartition('.')[2]}_{shown(value)}" for key, value in values.items()]
+    text = "-".join([f"{sweep}-{index:02}", *parts])
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:_LONGEST_RUN_NAME].rstrip("-._")
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def best_trial(trials: list[Trial], mode: str) -> Trial | None:
+    """The one with the best value; failed ones never."""
+    rated = [trial for trial in trials if trial.best is not None and trial.status != "failed"]
+    sign = 1 if mode == "min" else -1
+    return min(rated, key=lambda trial: sign * (trial.best or 0.0), default=None)
+
+
+def run_of(trial: Trial) -> RunDirectory:
+    return RunDirectory(paths.runs_dir() / trial.run)

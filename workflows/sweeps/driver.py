@@ -1,0 +1,142 @@
+"""Runs the trials with Ray Tune: `python -m workflows.sweeps.driver FOLDER SLOTS RANKS`, where Ray is up.
+
+A process of its own: it may be killed at any moment, and is then started again and goes on.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from cvae.config import Experiment
+from slurm.ray_cluster import connect
+from workflows.sweeps.book import Book
+from workflows.sweeps.config import Space, Sweep, seeds
+from workflows.sweeps.directory import SweepDirectory
+from workflows.sweeps.trial import TrialRun
+
+# A lost node, a killed worker: nothing that the trial has done.
+_MOST_LOSSES = 5
+_log = logging.getLogger("sweep")
+
+
+def main(folder: Path, slots: int, gpus_per_trial: float) -> int:
+    """Exit status 0: every trial has ended, however it ended."""
+    # Told to stop, Tune notes where every trial is and ends them; each saves first.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    os.environ.update(
+        TUNE_GLOBAL_CHECKPOINT_S="3",
+        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # a failed trial has none
+        TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
+    )
+    sweep = SweepDirectory(folder)
+    with connect():
+        tuner(sweep, slots, gpus_per_trial).fit()
+    return 0 if sweep.trials() and all(trial.ended for trial in sweep.trials()) else 1
+
+
+def tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
+    """Ray Tune's, as it was left in the sweep's folder, or a new one."""
+    settings, experiment = sweep.sweep(), sweep.experiment()
+    ranks = max(1, int(gpus_per_trial))
+    run = tune.with_parameters(TrialRun, sweep=str(sweep.path), ranks=ranks, slots=slots)
+    run = tune.with_resources(run, {"CPU": 0, "GPU": gpus_per_trial})
+    if tune.Tuner.can_restore(str(sweep.ray)):
+        _log.info("going on with %s", sweep.name)
+        return tune.Tuner.restore(str(sweep.ray), run, resume_errored=True)
+    book = Book(sweep.path)
+    return tune.Tuner(
+        run,
+        param_space=param_space(settings, experiment),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher(settings),
+            scheduler=scheduler(settings, experiment),
+            num_samples=settings.search.samples,
+            max_concurrent_trials=settings.concurrency,
+            time_budget_s=settings.hours and settings.hours * 3600,
+            trial_name_creator=book.name,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            **metric_of(settings),
+        ),
+        run_config=tune.RunConfig(
+            name=sweep.ray.name,
+            storage_path=str(sweep.path),
+            callbacks=[book],
+            failure_config=tune.FailureConfig(max_failures=_MOST_LOSSES),
+            verbose=0,
+        ),
+    )
+
+
+def metric_of(sweep: Sweep) -> dict[str, str]:
+    return {"metric": sweep.metric, "mode": sweep.mode}
+
+
+def param_space(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
+    return {key: _domain(space, experiment) for key, space in sweep.space.items()}
+
+
+def _domain(space: Space, experiment: Experiment) -> Any:
+    """Numbers without a point are drawn as whole numbers, both ends included."""
+    if space.seeds is not None:
+        return tune.grid_search(seeds(experiment, space.seeds))
+    if space.grid is not None:
+        return tune.grid_search(space.grid)
+    if space.choice is not None:
+        return tune.choice(space.choice)
+    low, high = space.uniform or space.loguniform or (0, 0)
+    whole = isinstance(low, int) and isinstance(high, int)
+    if space.uniform is not None:
+        return tune.randint(low, high + 1) if whole else tune.uniform(low, high)
+    return tune.lograndint(low, high + 1) if whole else tune.loguniform(low, high)
+
+
+def searcher(sweep: Sweep) -> Any:
+    if sweep.search.name == "optuna":
+        from optuna.samplers import TPESampler
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(sampler=TPESampler(seed=sweep.search.seed), **metric_of(sweep))
+    return BasicVariantGenerator(
+        random_state=sweep.search.seed, max_concurrent=sweep.concurrency or 0
+    )
+
+
+def scheduler(sweep: Sweep, experiment: Experiment) -> Any:
+    settings = sweep.scheduler
+    if settings.name == "asha":
+        return ASHAScheduler(
+            time_attr="epoch",
+            max_t=experiment.training.epochs,
+            grace_period=settings.grace_epochs,
+            reduction_factor=settings.reduction_factor,
+        )
+    if settings.name == "pbt":
+        return PopulationBasedTraining(
+            time_attr="epoch",
+            perturbation_interval=settings.every_epochs,
+            hyperparam_mutations={
+                key: _domain(sweep.space[key], experiment) for key in settings.mutate
+            },
+        )
+    return FIFOScheduler()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(
+        stream=sys.stdout,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        status = main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    finally:
+        ray.shutdown()
+    sys.exit(status)
