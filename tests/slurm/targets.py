@@ -36,6 +36,12 @@ def wait(folder: Path) -> None:
     (folder / f"saved-{rank}").touch()
 
 
+def sleep(folder: Path) -> None:
+    """Saves nothing on SIGTERM: dies."""
+    (folder / f"pid-{os.environ['RANK']}").touch()
+    time.sleep(120)
+
+
 def last_dies(folder: Path) -> None:
     """The last rank is killed as by the kernel for its memory; the others would wait for it."""
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
@@ -62,7 +68,7 @@ def unhappy(folder: Path) -> Result:
 def stumble(folder: Path) -> None:
     """Gets a step further each time, and dies after the first two."""
     done = len(list(folder.glob("step-*")))
-    (folder / f"step-{done}").touch()
+    (folder / f"step-{done}").write_text(os.environ.get("CVAE_RESTARTED", ""))
     if done < 2:
         os._exit(1)
 

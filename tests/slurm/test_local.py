@@ -142,15 +142,27 @@ def test_which_exceptions_say_that_memory_ran_out(error: Exception, told: bool) 
     assert in_words(error).endswith(f"{type(error).__name__}: {error}")
 
 
+def start_with_care(folder: Path, function: str) -> Submission:
+    place = HERE._replace(config=HERE.config.model_copy(update={"max_restarts": 1}))
+    care = Care(str(folder / "step-*"), "tests.slurm.targets:note", str(folder))
+    env = {"PYTHONPATH": str(PROJECT_ROOT)}
+    job = Job("test", folder, f"tests.slurm.targets:{function}", (folder,), env, care)
+    return executors.submit(job, place, Placement(1, 1), gpus=1)
+
+
+def test_what_was_told_to_end_is_not_tried_again(tmp_path: Path) -> None:
+    submission = start_with_care(tmp_path, "sleep")
+    until((tmp_path / "pid-0").exists)
+    queue.end(submission, 30, lambda text: None)
+    [told] = tries.read(tmp_path, submission.job_id)
+    assert (told.cause, told.restarts) == ("crash", False)
+
+
 @pytest.mark.parametrize(("function", "ends"), [("stumble", 3), ("segfault", 2)])
 def test_it_is_tried_again_while_that_brings_progress(
     tmp_path: Path, function: str, ends: int
 ) -> None:
-    place = HERE._replace(config=HERE.config.model_copy(update={"max_restarts": 1}))
-    care = Care(str(tmp_path / "step-*"), "tests.slurm.targets:note", str(tmp_path))
-    env = {"PYTHONPATH": str(PROJECT_ROOT)}
-    job = Job("test", tmp_path, f"tests.slurm.targets:{function}", (tmp_path,), env, care)
-    submission = executors.submit(job, place, Placement(1, 1), gpus=1)
+    submission = start_with_care(tmp_path, function)
     wait_for_end(submission)
     told = tries.read(tmp_path, submission.job_id)
     assert [one.restarts for one in told] == [True] * (ends - 1) + [False]
@@ -158,6 +170,7 @@ def test_it_is_tried_again_while_that_brings_progress(
     noted = (tmp_path / "noted").read_text().splitlines()
     if function == "stumble":
         assert told[-1].cause == "finished"
+        assert [(tmp_path / f"step-{number}").read_text() for number in range(3)] == ["", "1", "1"]
         assert len(noted) == 2
     else:
         assert "Segmentation fault, restarts True" in noted[0]

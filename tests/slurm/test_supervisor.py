@@ -117,6 +117,31 @@ def test_a_cancelled_job_is_not_revived_by_its_time_limit(asked: Path, tmp_path:
     assert asked.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("details", "word", "requeued"),
+    [
+        ("JobState=RUNNING Restarts=1 PreemptTime=None", None, True),
+        ("JobState=RUNNING Restarts=1 PreemptTime=None", "finished", False),
+        ("JobState=RUNNING Restarts=1 PreemptTime=2026-11-23T19:41:51", "stopped", True),
+        ("JobState=RUNNING Restarts=1 PreemptTime=None", "stopped", False),
+        ("JobState=CANCELLED Restarts=1", None, False),
+        ("JobState=COMPLETING Restarts=1", None, False),
+        # A host that was out of reach wakes up in the middle of the next try.
+        ("JobState=RUNNING Restarts=2 PreemptTime=None", None, False),
+    ],
+)
+def test_only_the_present_running_try_may_requeue(
+    asked: Path, tmp_path: Path, details: str, word: str | None, requeued: bool
+) -> None:
+    begin(tmp_path)
+    (tmp_path / "details").write_text(details)
+    if word is not None:
+        result = {"status": word, "reason": "SIGTERM at step 9, saved"}
+        files.result_file(tmp_path, JOB).write_text(json.dumps(result))
+    supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
+    assert asked.read_text() == (f"requeue {JOB}\n" if requeued else "")
+
+
 def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: Path) -> None:
     """The script's own lines around a stand-in for srun that, like SLURM, signals all and then waits."""
     before, after = supervisor.script_lines(tmp_path, care(tmp_path), 3)

@@ -8,6 +8,7 @@ import pytest
 
 from cvae.config import Experiment
 from cvae.run_directory import RunDirectory
+from cvae.training import mlflow_mirror
 from cvae.training.aftermath import note_bad_end
 from cvae.training.journal import Journal
 from cvae.training.train import _locked
@@ -29,6 +30,31 @@ def test_the_cause_becomes_the_journals_last_line(run: RunDirectory) -> None:
     note_bad_end(str(run.path), "rank 3 on n2: Killed", restarts=True)
     (end,) = lines(run, "end")
     assert (end["status"], end["step"], end["reason"]) == ("failed", 57, "rank 3 on n2: Killed")
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_what_goes_on_tells_mlflow_itself(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, restarts: bool
+) -> None:
+    told: list[Path] = []
+
+    class Mirror:
+        def __init__(self, path: Path):
+            told.append(path)
+
+        def finish(self, patience_s: float) -> int:
+            assert lines(run, "end")
+            return 0
+
+    monkeypatch.setattr(mlflow_mirror, "start_mirror", Mirror)
+    note_bad_end(str(run.path), "boom", restarts)
+    assert told == [run.path] * (not restarts)
+
+
+def test_what_rank_0_has_said_is_not_said_again(run: RunDirectory) -> None:
+    for reason in ("no such store", "rank 1 on n2: no such store", "rank 1 on n2: Killed"):
+        note_bad_end(str(run.path), reason, restarts=True)
+    assert [end["reason"] for end in lines(run, "end")] == ["no such store", "rank 1 on n2: Killed"]
 
 
 def test_a_rank_that_lives_on_out_of_reach_is_the_only_writer(run: RunDirectory) -> None:

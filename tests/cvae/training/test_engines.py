@@ -45,7 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             job(f"{engine} alone", 6, 12, plain(engine, **options), load=f"{engine} half")
             for engine in _STAGES
         ]
+        said = found["said"]
         found |= engine_proofs.run_jobs(folder, 1, alone)
+        found["said"] = said + found["said"]
     return folder, found
 
 

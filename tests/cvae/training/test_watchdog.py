@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -66,11 +67,25 @@ def test_who_is_silent_or_behind_is_named() -> None:
     assert alarm.rank == 0, "the store cannot be reached"
 
 
-def test_a_job_that_was_suspended_blames_nobody() -> None:
-    dog, now = watchdog(2), time.monotonic()
+@pytest.mark.parametrize(("pause_s", "ends"), [(0.5, True), (1000.0, False)])
+def test_a_job_that_was_suspended_blames_nobody(
+    monkeypatch: pytest.MonkeyPatch, pause_s: float, ends: bool
+) -> None:
+    """Between two looks half a second passes or, where the whole job was suspended, a long time."""
+    clock, alarms = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    dog = watchdog(2)
+
+    class Over(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            clock[0] += pause_s
+            return clock[0] > 20 * pause_s
+
+    dog._over = Over()
+    monkeypatch.setattr(dog, "_end", alarms.append)
     dog.beat(1)
-    dog._forgive(now + 1000)
-    assert dog._look(now + 1001) is None
+    dog.watch()
+    assert bool(alarms) == ends
 
 
 @pytest.mark.usefixtures("tiny_store")
