@@ -69,6 +69,8 @@ def tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
             name=sweep.ray.name,
             storage_path=str(sweep.path),
             callbacks=[book],
+            # The runs keep their own; Tune asks for a pointer to one where it has a trial change over.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=_MOST_LOSSES),
             verbose=0,
         ),

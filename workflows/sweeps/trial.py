@@ -128,6 +128,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         """A pointer: the weights lie in the run's own folder, and are on the disk when this returns."""
         deadline = time.monotonic() + _SAVE_PATIENCE_S
         while not self._saved(self.reported) and time.monotonic() < deadline:
+            if not run_state(self.run).job.alive:
+                break
             time.sleep(_POLL_S)
         pointer = {"run": self.run.name, "step": self.reported}
         Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))

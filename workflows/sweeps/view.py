@@ -47,6 +47,7 @@ def follow(sweep: SweepDirectory) -> int:
         return DETACHED
     screen.close()
     trials = sweep.trials()
+    Console().print(table(sweep.sweep(), trials))
     print(ending(sweep, trials, job))
     if trials and all(trial.ended for trial in trials):
         return FAILED if all(trial.status == "failed" for trial in trials) else FINISHED
@@ -79,6 +80,7 @@ class _Screen:
 
     def close(self) -> None:
         if self.live is not None:
+            self.live.update(Text(""))
             self.live.stop()
 
     def show(self, trials: list[Trial], job: JobState) -> None:
@@ -88,7 +90,8 @@ class _Screen:
         line = self._line(trials, share, job)
         if self.live is not None:
             bar = ProgressBar(total=1.0, completed=share, width=50)
-            self.live.update(Group(table(self.settings, trials), bar, Text(line)))
+            rows = max(4, self.live.console.height - 6)
+            self.live.update(Group(table(self.settings, trials, rows), bar, Text(line)))
             return
         for trial in trials:
             if trial.ended and self.told.get(trial.index) != trial.status:
@@ -119,8 +122,11 @@ class _Screen:
         return ", ".join(parts)
 
 
-def table(settings: Sweep, trials: list[Trial]) -> Table:
-    """One row a trial: changed keys, epoch, step, metric, state."""
+def table(settings: Sweep, trials: list[Trial], rows: int | None = None) -> Table:
+    """One row a trial: changed keys, epoch, step, metric, state.
+
+    Where there are more than `rows`: those that run, then the best.
+    """
     keys = list(settings.space)
     grid = Table(box=None, pad_edge=False)
     for heading in ("trial", *(key.rpartition(".")[2] for key in keys)):
@@ -129,6 +135,14 @@ def table(settings: Sweep, trials: list[Trial]) -> Table:
         grid.add_column(heading, justify="right")
     grid.add_column("state")
     best = best_trial(trials, settings.mode)
+    left_out = 0
+    if rows is not None and len(trials) > rows:
+        sign = 1 if settings.mode == "min" else -1
+        running = [trial for trial in trials if trial.status == "running"]
+        others = [trial for trial in trials if trial.status != "running"]
+        others.sort(key=lambda x: float("inf") if x.best is None else sign * x.best)
+        left_out = len(trials) - rows + 1
+        trials = [*running, *others][: rows - 1]
     for trial in trials:
         value = trial.metrics.get(settings.metric)
         row = [str(trial.index), *(shown(trial.values.get(key)) for key in keys)]
@@ -137,6 +151,8 @@ def table(settings: Sweep, trials: list[Trial]) -> Table:
         state.truncate(60, overflow="ellipsis")
         state.stylize(_STYLES.get(trial.status, ""))
         grid.add_row(*map(Text, row), state, style="bold" if trial is best else "")
+    if left_out:
+        grid.add_row(*["…"] * (len(keys) + 4), f"and {left_out} more")
     return grid
 
 

@@ -1,0 +1,180 @@
+"""sweep.py as a person uses it: real trials of tiny runs under a local Ray."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from tests.conftest import PROJECT_ROOT, tiny_experiment
+from workflows.sweeps.directory import SweepDirectory, Trial
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture
+def place(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with tiny data, on a machine where no SLURM answers."""
+    home = tiny_store.parent.parent
+    scontrol = home / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    return home
+
+
+def write(home: Path, space: object, **keys: object) -> str:
+    training = {"epochs": 6, "eval_every": 2, "log_every": 5, **keys.pop("training", {})}  # type: ignore[dict-item]
+    (home / "tiny.yaml").write_text(yaml.safe_dump(tiny_experiment(**training)))
+    file = home / "sweep.yaml"
+    tree = {"name": "s", "experiment": str(home / "tiny.yaml"), "space": space, **keys}
+    file.write_text(yaml.safe_dump(tree))
+    return str(file)
+
+
+def start(*words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "workflows/sweep.py", *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, text=True, **pipes)
+
+
+def sweep(*words: str) -> tuple[int, str]:
+    process = start(*words)
+    output = process.communicate()[0]
+    return process.returncode, output
+
+
+def trials(name: str) -> list[Trial]:
+    return SweepDirectory.open(name).trials()
+
+
+def test_trials_are_runs_and_what_fails_is_told_apart(place: Path) -> None:
+    space = {
+        "model.backbone": {"grid": ["mlp", "conv"]},
+        "model.latent": {"grid": ["vector", "spatial"]},
+        "optimizer.lr": {"grid": [1e-3, 1e30]},
+    }
+    status, output = sweep(write(place, space), "--name", "first")
+    assert status == 0, output
+    told = {tuple(trial.values.values()): trial for trial in trials("first")}
+    assert len(told) == 8
+    for (backbone, latent, lr), trial in told.items():
+        if (backbone, latent) == ("mlp", "spatial"):
+            assert trial.status == "failed"
+            assert "needs feature maps" in trial.reason
+            assert not (place / "runs" / trial.run).exists()
+        elif lr > 1:
+            assert trial.status == "failed"
+            assert "not finite" in trial.reason
+        else:
+            assert trial.status == "finished"
+            run = RunDirectory.open(trial.run)
+            epochs = [x for x in journal.read(run.journal_file)[0] if x["kind"] == "epoch"]
+            assert trial.best == min(line["metrics"]["val/loss"] for line in epochs)
+            assert [line["step"] for line in epochs] == [10, 20, 30]
+    finished = [trial for trial in told.values() if trial.status == "finished"]
+    best = min(finished, key=lambda trial: trial.best or 0.0)
+    assert f"{best.run}, val/loss {best.best:.2f}" in output
+    assert f"model.backbone={best.values['model.backbone']}" in output
+    assert "Traceback" not in output
+    _check_mlflow(place, told)
+
+
+def _check_mlflow(home: Path, told: dict[Any, Trial]) -> None:
+    """One parent, every run under it once, with every point of its journal."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["first"]
+    assert parents[0].info.status == "FINISHED"
+    assert parents[0].data.metrics["trials/failed"] == 5
+    children = {run.info.run_name: run for run in runs if run.info.run_id != parents[0].info.run_id}
+    made = {trial.run for trial in told.values() if (home / "runs" / trial.run).exists()}
+    assert set(children) == made
+    for name, child in children.items():
+        assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert child.data.tags["sweep"] == "first"
+        lines = journal.read(RunDirectory.open(name).journal_file)[0]
+        points = client.get_metric_history(child.info.run_id, "val/loss")
+        assert sorted(x.step for x in points) == [x["step"] for x in lines if x["kind"] == "epoch"]
+    # Nobody but the sweep has written to MLflow.
+    assert not list(home.glob("runs/*/logs/mlflow.log"))
+
+
+def test_a_killed_sweep_goes_on(place: Path) -> None:
+    """Everything is killed in mid-sweep; resumed, it ends as an undisturbed one."""
+    space = {"model.latent_dim": {"grid": [2, 3, 4, 5]}}
+    file = write(place, space, training={"epochs": 600, "eval_every": 200, "log_every": 50})
+    process = start(file, "--name", "killed")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(trial.ended for trial in _trials_so_far("killed")):
+            break
+        time.sleep(0.2)
+    before = {trial.run: trial.best for trial in trials("killed") if trial.ended}
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    _kill_everything(SweepDirectory.open("killed"))
+    journals = {run: (place / "runs" / run / "journal.jsonl").read_bytes() for run in before}
+
+    status, output = sweep("--resume", "killed")
+    assert status == 0, output
+    after = {trial.run: trial.best for trial in trials("killed")}
+    assert len(after) == 4
+    assert before
+    assert before.items() <= after.items()
+    for run, text in journals.items():
+        assert (place / "runs" / run / "journal.jsonl").read_bytes() == text
+
+    status, output = sweep(file, "--name", "undisturbed")
+    assert status == 0, output
+    undisturbed = {json.dumps(trial.values): trial.best for trial in trials("undisturbed")}
+    assert {json.dumps(trial.values): trial.best for trial in trials("killed")} == undisturbed
+    status, output = sweep("--resume", "killed")
+    assert status == 2
+    assert "is finished" in output
+
+
+def _trials_so_far(name: str) -> list[Trial]:
+    folder = Path(os.environ["CVAE_HOME"]) / "sweeps" / name
+    return SweepDirectory(folder).trials()
+
+
+def _kill_everything(sweep: SweepDirectory) -> None:
+    """The job, the driver, Ray; the trials' own processes are left to notice it."""
+    controller = psutil.Process(int(sweep.submissions()[-1].job_id))
+    for process in [controller, *controller.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            of_a_trial = "/runs/" in command
+            if not of_a_trial:
+                process.kill()
+
+
+def test_asha_stops_what_lags_behind(place: Path) -> None:
+    space = {"optimizer.lr": {"grid": [1e-2, 1e-6, 1e-7, 1e-8]}}
+    scheduler = {"name": "asha", "grace_epochs": 2, "reduction_factor": 2}
+    training = {"epochs": 200, "eval_every": 2, "log_every": 50}
+    file = write(place, space, scheduler=scheduler, training=training, concurrency=1)
+    status, output = sweep(file, "--name", "asha")
+    assert status == 0, output
+    told = {trial.values["optimizer.lr"]: trial for trial in trials("asha")}
+    assert told[1e-2].status == "finished"
+    assert {told[lr].status for lr in (1e-6, 1e-7, 1e-8)} == {"stopped early"}
+    assert sum(told[lr].epoch for lr in (1e-6, 1e-7, 1e-8)) < 60
+    assert f"{told[1e-2].run}, val/loss" in output
+    for lr in (1e-6, 1e-7, 1e-8):
+        run = RunDirectory.open(told[lr].run)
+        assert journal.read(run.journal_file)[0][-1]["status"] == "stopped"
