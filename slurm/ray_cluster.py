@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from cvae.errors import UserError
 from cvae.paths import write_atomically
 
@@ -144,7 +146,11 @@ def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
         while process.poll() is None and not stop.signal and meeting.exists() and _answers(head):
             time.sleep(_POLL_S)
     finally:
-        _end(process)
+        # A raylet that is told to end drains for half a minute; by now there is nothing to drain.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
 
 
 def _find_head(meeting: Path, stop: _Stop) -> str | None:

@@ -62,16 +62,15 @@ def trials(name: str) -> list[Trial]:
 
 def test_trials_are_runs_and_what_fails_is_told_apart(place: Path) -> None:
     space = {
-        "model.backbone": {"grid": ["mlp", "conv"]},
         "model.latent": {"grid": ["vector", "spatial"]},
         "optimizer.lr": {"grid": [1e-3, 1e30]},
     }
     status, output = sweep(write(place, space), "--name", "first")
     assert status == 0, output
     told = {tuple(trial.values.values()): trial for trial in trials("first")}
-    assert len(told) == 8
-    for (backbone, latent, lr), trial in told.items():
-        if (backbone, latent) == ("mlp", "spatial"):
+    assert len(told) == 4
+    for (latent, lr), trial in told.items():
+        if latent == "spatial":
             assert trial.status == "failed"
             assert "needs feature maps" in trial.reason
             assert not (place / "runs" / trial.run).exists()
@@ -87,7 +86,7 @@ def test_trials_are_runs_and_what_fails_is_told_apart(place: Path) -> None:
     finished = [trial for trial in told.values() if trial.status == "finished"]
     best = min(finished, key=lambda trial: trial.best or 0.0)
     assert f"{best.run}, val/loss {best.best:.2f}" in output
-    assert f"model.backbone={best.values['model.backbone']}" in output
+    assert "in full  python workflows/launch.py" in output
     assert "Traceback" not in output
     _check_mlflow(place, told)
 
@@ -99,7 +98,7 @@ def _check_mlflow(home: Path, told: dict[Any, Trial]) -> None:
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["first"]
     assert parents[0].info.status == "FINISHED"
-    assert parents[0].data.metrics["trials/failed"] == 5
+    assert parents[0].data.metrics["trials/failed"] == 3
     children = {run.info.run_name: run for run in runs if run.info.run_id != parents[0].info.run_id}
     made = {trial.run for trial in told.values() if (home / "runs" / trial.run).exists()}
     assert set(children) == made
@@ -164,7 +163,7 @@ def _kill_everything(sweep: SweepDirectory) -> None:
 
 
 def test_asha_stops_what_lags_behind(place: Path) -> None:
-    space = {"optimizer.lr": {"grid": [1e-2, 1e-6, 1e-7, 1e-8]}}
+    space = {"optimizer.lr": {"grid": [1e-2, 1e-6, 1e-8]}}
     scheduler = {"name": "asha", "grace_epochs": 2, "reduction_factor": 2}
     training = {"epochs": 200, "eval_every": 2, "log_every": 50}
     file = write(place, space, scheduler=scheduler, training=training, concurrency=1)
@@ -172,9 +171,9 @@ def test_asha_stops_what_lags_behind(place: Path) -> None:
     assert status == 0, output
     told = {trial.values["optimizer.lr"]: trial for trial in trials("asha")}
     assert told[1e-2].status == "finished"
-    assert {told[lr].status for lr in (1e-6, 1e-7, 1e-8)} == {"stopped early"}
-    assert sum(told[lr].epoch for lr in (1e-6, 1e-7, 1e-8)) < 60
+    assert {told[lr].status for lr in (1e-6, 1e-8)} == {"stopped early"}
+    assert sum(told[lr].epoch for lr in (1e-6, 1e-8)) < 60
     assert f"{told[1e-2].run}, val/loss" in output
-    for lr in (1e-6, 1e-7, 1e-8):
+    for lr in (1e-6, 1e-8):
         run = RunDirectory.open(told[lr].run)
         assert journal.read(run.journal_file)[0][-1]["status"] == "stopped"
