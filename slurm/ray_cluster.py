@@ -147,9 +147,11 @@ def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
             time.sleep(_POLL_S)
     finally:
         # A raylet that is told to end drains for half a minute; by now there is nothing to drain.
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
         process.wait()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 
 from cvae.run_directory import all_runs
-from workflows.sweeps.directory import SweepDirectory, Trial, run_name
+from workflows.sweeps.directory import SweepDirectory, Trial, run_name, values_of
 
 _REPORTED = ("status", "reason", "epoch", "step", "run")
 
@@ -30,7 +30,7 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
         trials = sweep.trials()
         if self._seen is None:
             self._seen = _known_to_tune(sweep)
-        values = dict(trial.config)
+        values = values_of(trial.config)
         # Killed between a trial's beginning and Ray Tune's next note of its state, Tune makes it anew.
         lost = (one for one in trials if one.id not in self._seen and one.values == values)
         entry = next(lost, None)
@@ -74,7 +74,7 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
         told, settings = sweep.trials(), sweep.sweep()
         entry = next(one for one in told if one.id == trial.trial_id)
         # Under population based training the keys change on the way.
-        entry.values = dict(trial.config)
+        entry.values = values_of(trial.config)
         for key, value in changes.items():
             if key != "metrics" or value:
                 setattr(entry, key, value)

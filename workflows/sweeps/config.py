@@ -72,7 +72,7 @@ class Scheduler(Strict):
     )
     grace_epochs: Positive = Field(1, description="asha: epochs that every trial gets")
     reduction_factor: Annotated[int, Field(gt=1)] = Field(
-        3, description="asha: one in so many goes on"
+        4, description="asha: one in so many goes on"
     )
     every_epochs: Positive = Field(1, description="pbt: epochs between two changes")
     mutate: list[Literal[MUTABLE]] = Field(  # type: ignore[valid-type]

@@ -26,6 +26,8 @@ from cvae.run_directory import RunDirectory
 from slurm.queue import Submission
 from workflows.sweeps.config import Sweep
 
+# In Ray Tune's configurations: the values of the listed keys; the drawn keys stand beside it.
+LISTED = "listed"
 Status = Literal["queued", "running", "finished", "stopped early", "failed"]
 _LONGEST_RUN_NAME = 90
 
@@ -141,6 +143,13 @@ def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's values, by the experiment's keys, from Ray Tune's configuration."""
+    drawn = {key: value for key, value in config.items() if key != LISTED}
+    listed = dict(config.get(LISTED, {}))
+    return {**dict(reversed(listed.items())), **drawn}
 
 
 def best_trial(trials: list[Trial], mode: str) -> Trial | None:

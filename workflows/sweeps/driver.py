@@ -3,8 +3,10 @@
 A process of its own: it may be killed at any moment, and is then started again and goes on.
 """
 
+import itertools
 import logging
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from cvae.config import Experiment
 from slurm.ray_cluster import connect
 from workflows.sweeps.book import Book
 from workflows.sweeps.config import Space, Sweep, seeds
-from workflows.sweeps.directory import SweepDirectory
+from workflows.sweeps.directory import LISTED, SweepDirectory
 from workflows.sweeps.trial import TrialRun
 
 # A lost node, a killed worker: nothing that the trial has done.
@@ -82,15 +84,28 @@ def metric_of(sweep: Sweep) -> dict[str, str]:
 
 
 def param_space(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
-    return {key: _domain(space, experiment) for key, space in sweep.space.items()}
+    """Of the listed keys all combinations, under one name; of the drawn keys their distributions."""
+    lists = {
+        key: space.grid or seeds(experiment, space.seeds or 0)
+        for key, space in sweep.space.items()
+        if space.kind in ("grid", "seeds")
+    }
+    found = {key: _domain(space) for key, space in sweep.space.items() if key not in lists}
+    if lists:
+        combinations = [
+            dict(zip(reversed(lists), values, strict=True))
+            for values in itertools.product(*reversed(lists.values()))
+        ]
+        if sweep.scheduler.name == "asha":
+            # It compares a trial with those before it: in an order in which they get better and better, as
+            # of learning rates that grow, each would be among the best so far and go on.
+            random.Random(sweep.search.seed).shuffle(combinations)
+        found[LISTED] = tune.grid_search(combinations)
+    return found
 
 
-def _domain(space: Space, experiment: Experiment) -> Any:
+def _domain(space: Space) -> Any:
     """Numbers without a point are drawn as whole numbers, both ends included."""
-    if space.seeds is not None:
-        return tune.grid_search(seeds(experiment, space.seeds))
-    if space.grid is not None:
-        return tune.grid_search(space.grid)
     if space.choice is not None:
         return tune.choice(space.choice)
     low, high = space.uniform or space.loguniform or (0, 0)
@@ -124,9 +139,7 @@ def scheduler(sweep: Sweep, experiment: Experiment) -> Any:
         return PopulationBasedTraining(
             time_attr="epoch",
             perturbation_interval=settings.every_epochs,
-            hyperparam_mutations={
-                key: _domain(sweep.space[key], experiment) for key in settings.mutate
-            },
+            hyperparam_mutations={key: _domain(sweep.space[key]) for key in settings.mutate},
         )
     return FIFOScheduler()
 

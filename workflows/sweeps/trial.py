@@ -20,7 +20,7 @@ from slurm.cluster import ClusterConfig, Place, Placement
 from workflows.run_state import last_submission, run_state, total_steps
 from workflows.submission import submit
 from workflows.sweeps.config import with_values
-from workflows.sweeps.directory import SweepDirectory
+from workflows.sweeps.directory import SweepDirectory, values_of
 
 _POLL_S = 0.3
 _ASK_S = 1.5
@@ -45,9 +45,10 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // (slots * ranks)))
         self.sweep = SweepDirectory(Path(sweep))
         self.ranks = ranks
-        self.values = dict(config)
+        self.values = values_of(config)
         self.run = RunDirectory(paths.runs_dir() / self.trial_name)
         self.reported = -1
+        self.newest: dict[str, Any] | None = None
         self.results: Iterator[dict[str, Any]] | None = None
 
     def step(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
             lines, offset = journal.read(self.run.journal_file, offset)
             for line in lines:
                 if line["kind"] == "epoch" and line["step"] > self.reported:
-                    self.reported = line["step"]
+                    self.reported, self.newest = line["step"], line
                     if line["step"] != total:
                         yield self._result(line, "running")
                     else:
@@ -78,8 +79,12 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
             if lines:
                 asked = 0.0
             elif not state.job.alive and state.status == "finished":
-                last = [x for x in journal.read(self.run.journal_file)[0] if x["kind"] == "epoch"]
-                yield self._result(last[-1], "finished")
+                lines = journal.read(self.run.journal_file)[0]
+                evaluated = [line for line in lines if line["kind"] == "epoch"]
+                # One that took over finished weights has no evaluation of its own.
+                newest = evaluated[-1] if evaluated else self.newest
+                assert newest is not None
+                yield self._result(newest, "finished")
             elif not state.job.alive and state.status in ("stopped", "cancelled"):
                 # The allocation is ending: its signals reach every process. If not, the run goes on.
                 time.sleep(_STOPPED_S)
@@ -131,7 +136,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
             if not run_state(self.run).job.alive:
                 break
             time.sleep(_POLL_S)
-        pointer = {"run": self.run.name, "step": self.reported}
+        pointer = {"run": self.run.name, "step": self.reported, "newest": self.newest}
         Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
     def _saved(self, step: int) -> bool:
@@ -142,7 +147,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         """Goes on from where that was, or (population based training) from another trial's weights."""
         pointer = json.loads(Path(checkpoint_dir, _POINTER).read_text())
         origin = RunDirectory(paths.runs_dir() / pointer["run"])
-        self.reported = pointer["step"]
+        self.reported, self.newest = pointer["step"], pointer["newest"]
         experiment = with_values(self.sweep.experiment(), self.values)
         if origin.experiment() == experiment:
             self.run = origin
