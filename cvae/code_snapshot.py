@@ -140,8 +140,9 @@ def link(run: Path, code: Path) -> None:
 
 
 def _prune() -> None:
-    """Removes snapshots that no run links to and that nobody has submitted with for a month."""
-    linked = {file.name for file in paths.runs_dir().glob("*/code/*")}
+    """Removes snapshots that no run or sweep links to and that nobody has submitted with for a month."""
+    owners = (paths.runs_dir(), paths.sweeps_dir())
+    linked = {file.name for folder in owners for file in folder.glob("*/code/*")}
     for folder in _store().glob("*"):
         with contextlib.suppress(OSError):
             if folder.name not in linked and folder.stat().st_mtime < time.time() - _UNUSED_S:

@@ -90,7 +90,9 @@ def leaf_keys(model: type[BaseModel]) -> list[str]:
 
 def line_of(path: Path, key: Key) -> int:
     """Where a key stands in a file that `load` has read."""
-    return _read(path)[1][key]
+    lines = _read(path)[1]
+    # What is merged in from elsewhere in the file has only its block's line.
+    return next(lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines)
 
 
 def replaced(model: M, values: Mapping[str, Any]) -> M:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ import psutil
 from cvae.errors import UserError
 from cvae.paths import write_atomically
 
+_TOLD = ("CVAE_HOME", "CVAE_CODE", "PYTHONPATH", "MLFLOW_TRACKING_URI")
 _HEAD_PATIENCE_S = 120.0
 _POLL_S = 1.0
 # After SIGTERM: the trials save, then Ray ends.
@@ -50,8 +52,11 @@ class _Stop:
 def write_token(folder: Path) -> dict[str, str]:
     """Makes the cluster's token; returns the environment of all that are to take part."""
     file = folder / "ray_token"
-    write_atomically(file, secrets.token_urlsafe(32))
-    file.chmod(0o600)
+    # Nobody else's from the first moment on.
+    handle, nascent = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "w") as writer:
+        writer.write(secrets.token_urlsafe(32))
+    os.replace(nascent, file)
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
 
 
@@ -70,18 +75,23 @@ def run(
         _worker(meeting, gpus, stop)
         return None
     meeting.unlink(missing_ok=True)
-    environment = _environment(nodes)
-    environment |= {"CVAE_RAY_MEETING": str(meeting), "CVAE_RAY_GPUS": str(gpus)}
+    environment = _environment(nodes if address is None else 2, meeting)
+    environment |= {"CVAE_RAY_GPUS": str(gpus)}
     if address is not None:
         environment["CVAE_RAY_ADDRESS"] = address
     with _helper(beside):
         # In a session of its own: what ends this process group must not cut off the driver's last words.
         process = subprocess.Popen(
-            [sys.executable, "-m", *driver], env=environment, start_new_session=True
+            [sys.executable, "-m", *driver],
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_ignore_warning,
         )
         try:
             status = _wait(process, stop)
         finally:
+            if stop.signal:
+                _let_jobs_save(meeting)
             meeting.unlink(missing_ok=True)
             _end(process)
     if stop.signal:
@@ -92,15 +102,20 @@ def run(
 
 
 @contextmanager
-def connect() -> Iterator[None]:
-    """In the driver: Ray is up, as head of this job's cluster or as the one at the given address."""
+def connect() -> Iterator[float | None]:
+    """In the driver: Ray is up, as head of this job's cluster or as the one at the given address.
+
+    Yields, of the latter, the GPUs of its smallest node that has any. Raises UserError where it does not answer.
+    """
     import ray
 
     address = os.environ.get("CVAE_RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            # Its raylets know nothing of this job.
+            told = {key: os.environ[key] for key in _TOLD if key in os.environ}
+            ray.init(address=address, runtime_env={"env_vars": told}, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}") from None
     else:
@@ -118,14 +133,18 @@ def connect() -> Iterator[None]:
             Path(os.environ["CVAE_RAY_MEETING"]), ray.get_runtime_context().gcs_address
         )
     try:
-        yield
+        gpus_there = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        if not any(gpus_there):
+            raise UserError(
+                f"the Ray cluster at {address} offers no GPU (`ray start --num-gpus=…`)"
+            )
+        yield min(filter(None, gpus_there)) if address else None
     finally:
         ray.shutdown()
 
 
-def _environment(nodes: int) -> dict[str, str]:
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-    # Where there are no GPUs, Ray would hide none: its slots are then cores.
+def _environment(nodes: int, meeting: Path) -> dict[str, str]:
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CVAE_RAY_MEETING": str(meeting)}
     if nodes == 1:
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback only
     return environment
@@ -140,11 +159,19 @@ def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
     slots = [f"--num-cpus={max(1, gpus)}", f"--num-gpus={gpus}", "--disable-usage-stats"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, *slots, "--object-store-memory=200000000"],
-        env=_environment(2),
+        env=_environment(2, meeting),
+        preexec_fn=_ignore_warning,
     )
     try:
-        while process.poll() is None and not stop.signal and meeting.exists() and _answers(head):
+        deadline = float("inf")
+        while meeting.exists() and _answers(head) and time.monotonic() < deadline:
+            if stop.signal and deadline == float("inf"):
+                deadline = time.monotonic() + _STOP_PATIENCE_S
+            if process.poll() is not None and not stop.signal:
+                break
             time.sleep(_POLL_S)
+        if stop.signal:
+            _let_jobs_save(meeting)
     finally:
         # A raylet that is told to end drains for half a minute; by now there is nothing to drain.
         with suppress(psutil.NoSuchProcess):
@@ -153,6 +180,27 @@ def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
                     child.kill()
         process.kill()
         process.wait()
+
+
+def _ignore_warning() -> None:
+    """SLURM warns every process of the time limit; to those that bind nothing to SIGUSR2 it would be the end."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _let_jobs_save(meeting: Path) -> None:
+    """Waits for the jobs that this cluster's processes have started on this node."""
+    deadline = time.monotonic() + _STOP_PATIENCE_S
+    while _jobs_here(meeting) and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def _jobs_here(meeting: Path) -> bool:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = "slurm.local" in process.cmdline()
+            if ours and process.environ().get("CVAE_RAY_MEETING") == str(meeting):
+                return True
+    return False
 
 
 def _find_head(meeting: Path, stop: _Stop) -> str | None:
@@ -188,7 +236,7 @@ def _helper(module: list[str]) -> Iterator[None]:
         assert process.stdin is not None
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(8)
         process.kill()
 
 

@@ -33,7 +33,11 @@ def job_of(run: RunDirectory, code: Path, part_of_sweep: bool = False) -> Job:
     """code: the snapshot that it is to run. part_of_sweep: it ends with this process, which tells MLflow."""
     after = AFTER_IN_SWEEP if part_of_sweep else AFTER
     care = Care(str(run.checkpoints / "step-*"), after, str(run.path))
-    job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), job_environment(code), care)
+    environment = job_environment(code)
+    if part_of_sweep and submissions(run):
+        # A host that was lost may still hold the run's lock for a while.
+        environment["CVAE_RESTARTED"] = "1"
+    job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), environment, care)
     return job._replace(ends_with=os.getpid()) if part_of_sweep else job
 
 

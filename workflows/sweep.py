@@ -11,6 +11,8 @@ stopped, 130 detached by Ctrl-C (the sweep goes on).
 
 import argparse
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from workflows.sweeps.config import load_sweep
 from workflows.sweeps.directory import SweepDirectory, free_sweep_name
 from workflows.text import aligned, shown
 
-_SAVE_PATIENCE_S = 90.0
+# More than a driver gets that is told to stop, and Ray and the mirror after it.
+_SAVE_PATIENCE_S = 150.0
 
 
 def parser() -> Parser:
@@ -86,7 +89,8 @@ def main(arguments: list[str]) -> int:
     start = [("sweep", f"{name}, from {origin}"), ("experiment", loaded.sweep.experiment)]
     print(aligned([*start, *where, *facts]), flush=True)
     if options.dry_run:
-        print("\n(dry run: nothing was started)")
+        script = launching.sbatch_script(name, seats)
+        print(f"\n{script}" if script else "\n(dry run: nothing was started)")
         return 0
     sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
     try:
@@ -110,17 +114,27 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
     from workflows.sweeps import launching, view
 
     last = sweep.submissions()[-1] if sweep.submissions() else None
-    if last is not None and queue.look(last).alive:
+    job = queue.look(last) if last is not None else None
+    if last is not None and job is not None and job.phase == "unknown":
+        raise UserError(f"{last.where}: {job.reason}")
+    if last is not None and job is not None and job.alive:
         print(f"{sweep.name} is at work ({last.where})", flush=True)
         return view.follow(sweep)
-    trials = sweep.trials()
-    if len(trials) >= sweep.sweep().n_trials and all(trial.ended for trial in trials):
-        raise UserError(f"{sweep.name} is finished: {len(trials)} trials; start another sweep")
+    if last is not None and view.is_finished(sweep):
+        # What MLflow may have missed at the end.
+        subprocess.run(
+            [sys.executable, "-m", "workflows.sweeps.mirror", str(sweep.path)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        raise UserError(f"{sweep.name} is finished: {len(sweep.trials())} trials")
     if last is not None:
+        options.address = options.address or sweep.launches()[-1]["address"]
+        options.gpus_per_trial = options.gpus_per_trial or sweep.launches()[-1]["gpus_per_trial"]
+    if last is not None and options.address is None:
         options.nodes = options.nodes or last.nodes
         options.gpus = options.gpus or last.gpus
         options.cluster = options.cluster or last.cluster
-        options.gpus_per_trial = options.gpus_per_trial or sweep.launches()[-1]["gpus_per_trial"]
     seats, where = _seats(options, sweep.experiment())
     print(aligned([("sweep", sweep.name), *where]), flush=True)
     launching.submit(sweep, seats, options.address)
@@ -128,8 +142,13 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
 
 
 def _cancel(sweep: SweepDirectory) -> int:
+    if not sweep.submissions():
+        raise UserError(f"{sweep.name} was never submitted")
     last = sweep.submissions()[-1]
-    if not queue.look(last).alive:
+    job = queue.look(last)
+    if job.phase == "unknown":
+        raise UserError(f"{last.where}: {job.reason}")
+    if not job.alive:
         raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
     tries.mark_cancelled(sweep.logs, last.job_id)
     queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
@@ -143,6 +162,13 @@ def _seats(options: Any, experiment: Experiment) -> tuple[Any, Any]:
     from workflows.plan import locate
     from workflows.sweeps.launching import Seats, check_seats
 
+    if options.address is not None:
+        if options.cluster or options.nodes or options.gpus:
+            raise UserError("--address: the Ray cluster there has its own nodes and GPUs")
+        # Only the driver runs here.
+        place, placement, _ = locate(cluster.Placement(1, 1), "local", options.dry_run)
+        seats = Seats(place, placement, options.gpus_per_trial or 1.0)
+        return seats, [("where", f"the Ray cluster at {options.address}, its driver here")]
     place = cluster.choose(options.cluster)
     nodes = options.nodes or 1
     many = 4096 if place.config.executor == "local" else nodes

@@ -20,23 +20,24 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._seen: set[str] | None = None
+        self._closed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_seen": None}
+        return {"folder": self.folder, "_seen": None, "_closed": set()}
 
     def name(self, trial: Any) -> str:
         """The run of a new trial; called once, when Ray Tune makes the trial."""
         sweep = SweepDirectory(self.folder)
         trials = sweep.trials()
         if self._seen is None:
-            self._seen = _known_to_tune(sweep)
+            self._seen = known_to_tune(sweep)
         values = values_of(trial.config)
         # Killed between a trial's beginning and Ray Tune's next note of its state, Tune makes it anew.
         lost = (one for one in trials if one.id not in self._seen and one.values == values)
         entry = next(lost, None)
         if entry is None:
-            taken = {run.name for run in all_runs()}
-            index = len(trials)
+            taken = {run.name for run in all_runs()} | {one.run for one in trials}
+            index = max((one.index for one in trials), default=-1) + 1
             name = run_name(sweep.name, index, values)
             while name in taken:
                 name += "-2"
@@ -64,6 +65,15 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = (trial.last_result or {}).get("status")
         self._note(trial, status=last if last in ("finished", "failed") else "stopped early")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """What the budget's end has stopped, Ray Tune tells nobody of."""
+        for trial in trials:
+            if trial.status == "TERMINATED" and trial.trial_id not in self._closed:
+                self._closed.add(trial.trial_id)
+                told = {one.id: one for one in SweepDirectory(self.folder).trials()}
+                if trial.trial_id in told and not told[trial.trial_id].ended:
+                    self._note(trial, status="stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reason = str(trial.get_error() or "the trial's process was lost").strip().splitlines()[-1]
@@ -99,10 +109,11 @@ def _mark_progress(folder: Path, steps: int) -> None:
             file.unlink()
 
 
-def _known_to_tune(sweep: SweepDirectory) -> set[str]:
-    """The ids of the trials in the newest state that Ray Tune has written."""
+def known_to_tune(sweep: SweepDirectory) -> set[str]:
+    """The ids of the trials in the newest state that Ray Tune has written; none where that is damaged."""
     states = sorted(sweep.ray.glob("experiment_state-*.json"), key=lambda f: f.stat().st_mtime)
-    if not states:
+    try:
+        text = json.dumps(json.loads(states[-1].read_text()))
+    except (IndexError, ValueError):
         return set()
-    text = json.dumps(json.loads(states[-1].read_text()))
     return set(re.findall(r'\\?"trial_id\\?": \\?"([^"\\]+)', text))

@@ -85,7 +85,9 @@ class Sweep(Strict):
     experiment: str = Field(description="experiment file, from the project's root")
     values: dict[str, Any] = Field({}, description="keys of the experiment that are set for all")
     space: dict[str, Space] = Field(min_length=1, description="keys that differ between trials")
-    metric: str = Field("val/loss", description="of the journal's epoch lines")
+    metric: Literal["val/loss", "val/recon_loss", "val/kl", "val/bits_per_dim", "val/text_gain"] = (
+        Field("val/loss", description="of the evaluations")
+    )
     mode: Literal["min", "max"] = "min"
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
@@ -147,12 +149,24 @@ def load_sweep(file: Path, overrides: list[str], root: Path) -> Loaded:
     base = load_experiment(root / sweep.experiment)
     for key, value in sweep.values.items():
         _check(file, "values", key, [value], base)
-    set_by_file = [f"{key}={json.dumps(value)}" for key, value in sweep.values.items()]
+    set_by_file = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in sweep.values.items()
+    ]
     experiment = load_experiment(root / sweep.experiment, [*set_by_file, *fixed])
     pinned = {word.partition("=")[0].strip() for word in fixed}
     space = {key: found for key, found in sweep.space.items() if key not in pinned}
     if not space:
         raise UserError("command line: every key of the space is given a value; use launch.py")
+    if sweep.metric == "val/text_gain" and experiment.model.condition != "text":
+        raise UserError(f"{file}: metric = 'val/text_gain' needs model.condition = 'text'")
+    least, epochs = sweep.scheduler.grace_epochs, experiment.training.epochs
+    if sweep.scheduler.name == "asha" and least > epochs:
+        raise UserError(
+            f"{file}: scheduler.grace_epochs = {least} exceeds training.epochs = {epochs:g}"
+        )
+    gone = [key for key in sweep.scheduler.mutate if key not in space]
+    if gone:
+        raise UserError(f"command line: {gone[0]} is among scheduler.mutate and cannot be fixed")
     sweep = sweep.model_copy(update={"space": space})
     for key, found in space.items():
         _check(file, "space", key, found.examples(), experiment)

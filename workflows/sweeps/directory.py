@@ -137,7 +137,7 @@ def free_sweep_name(stem: str) -> str:
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
     """As "ablation-20261123-190500-07-fusion_add-seed_2": what differs is what one reads in MLflow's list."""
     parts = [f"{key.rpartition('.')[2]}_{shown(value)}" for key, value in values.items()]
-    text = "-".join([f"{sweep}-{index:02}", *parts])
+    text = "-".join([f"{sweep[: _LONGEST_RUN_NAME // 2]}-{index:02}", *parts])
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:_LONGEST_RUN_NAME].rstrip("-._")
 
 

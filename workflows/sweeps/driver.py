@@ -3,12 +3,18 @@
 A process of its own: it may be killed at any moment, and is then started again and goes on.
 """
 
+import fcntl
 import itertools
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +24,75 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cvae.config import Experiment
+from cvae.errors import UserError
+from cvae.training import journal
 from slurm.ray_cluster import connect
-from workflows.sweeps.book import Book
+from workflows.sweeps.book import Book, known_to_tune
 from workflows.sweeps.config import Space, Sweep, seeds
-from workflows.sweeps.directory import LISTED, SweepDirectory
+from workflows.sweeps.directory import LISTED, SweepDirectory, run_of
 from workflows.sweeps.trial import TrialRun
 
 # A lost node, a killed worker: nothing that the trial has done.
 _MOST_LOSSES = 5
+# A driver that was just killed, or told to end, may need so long to be gone.
+_LOCK_PATIENCE_S = 100.0
+_stopping = threading.Event()
 _log = logging.getLogger("sweep")
 
 
 def main(folder: Path, slots: int, gpus_per_trial: float) -> int:
     """Exit status 0: every trial has ended, however it ended."""
-    # Told to stop, Tune notes where every trial is and ends them; each saves first.
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    signal.signal(signal.SIGTERM, _stop)
     os.environ.update(
         TUNE_GLOBAL_CHECKPOINT_S="3",
         TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # a failed trial has none
         TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
     )
     sweep = SweepDirectory(folder)
-    with connect():
+    _end_with_parent()
+    with _alone(sweep), connect() as there:
+        # Of a Ray that was there before, the smallest node says how many trials share one.
+        slots = slots if there is None else max(1, int(there / gpus_per_trial))
         tuner(sweep, slots, gpus_per_trial).fit()
+        if not _stopping.is_set():
+            # A trial that was noted, but not by Ray Tune, before a driver was killed: it was drawn anew.
+            known = known_to_tune(sweep)
+            sweep.write_trials([one for one in sweep.trials() if one.ended or one.id in known])
     return 0 if sweep.trials() and all(trial.ended for trial in sweep.trials()) else 1
+
+
+def _stop(*_: Any) -> None:
+    """Told to stop, Tune notes where every trial is and ends them; each saves first."""
+    _stopping.set()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _end_with_parent() -> None:
+    """What waits for this process has been killed: nobody would know of it any more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _alone(sweep: SweepDirectory) -> Iterator[None]:
+    """Raises UserError where another driver, after a while still, is at work on this sweep."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    with open(sweep.path / "driver.lock", "a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{sweep.name}: another driver is at work on it") from None
+                time.sleep(0.5)
+        yield
 
 
 def tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
@@ -50,19 +101,22 @@ def tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
     ranks = max(1, int(gpus_per_trial))
     run = tune.with_parameters(TrialRun, sweep=str(sweep.path), ranks=ranks, slots=slots)
     run = tune.with_resources(run, {"CPU": 0, "GPU": gpus_per_trial})
-    if tune.Tuner.can_restore(str(sweep.ray)):
+    # Killed before it has noted a single trial, Ray Tune would go on with an empty space.
+    if tune.Tuner.can_restore(str(sweep.ray)) and known_to_tune(sweep):
         _log.info("going on with %s", sweep.name)
         return tune.Tuner.restore(str(sweep.ray), run, resume_errored=True)
+    shutil.rmtree(sweep.ray, ignore_errors=True)
     book = Book(sweep.path)
     return tune.Tuner(
         run,
         param_space=param_space(settings, experiment),
         tune_config=tune.TuneConfig(
             search_alg=searcher(settings),
-            scheduler=scheduler(settings, experiment),
+            scheduler=scheduler(settings, experiment, sweep.path),
             num_samples=settings.search.samples,
             max_concurrent_trials=settings.concurrency,
             time_budget_s=settings.hours and settings.hours * 3600,
+            reuse_actors=False,
             trial_name_creator=book.name,
             trial_dirname_creator=lambda trial: trial.trial_id,
             **metric_of(settings),
@@ -126,10 +180,28 @@ def searcher(sweep: Sweep) -> Any:
     )
 
 
-def scheduler(sweep: Sweep, experiment: Experiment) -> Any:
+class _Asha(ASHAScheduler):  # type: ignore[misc]
+    """Ray Tune forgets a scheduler's state when its driver ends; the runs' journals have all of it."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.folder = folder
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        for told in SweepDirectory(self.folder).trials():
+            if told.id == trial.trial_id:
+                for line in journal.read(run_of(told).journal_file)[0]:
+                    if line["kind"] == "epoch":
+                        value = self._metric_op * line["metrics"][self._metric]
+                        self._trial_info[trial.trial_id].on_result(trial, line["epoch"], value)
+
+
+def scheduler(sweep: Sweep, experiment: Experiment, folder: Path) -> Any:
     settings = sweep.scheduler
     if settings.name == "asha":
-        return ASHAScheduler(
+        return _Asha(
+            folder,
             time_attr="epoch",
             max_t=experiment.training.epochs,
             grace_period=settings.grace_epochs,

@@ -1,6 +1,7 @@
 """Handing a sweep to SLURM or to this machine: what runs where, said beforehand and written down."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 from cvae import code_snapshot, paths
@@ -96,19 +97,19 @@ def submit(sweep: SweepDirectory, seats: Seats, address: str | None) -> Submissi
         submission = executors.submit(job, seats.place, seats.placement, seats.placement.world_size)
         submission = submission.model_copy(update={"code": code.name})
         try:
-            _write(sweep, submission, seats)
+            _write(sweep, submission, seats, address)
         except OSError:
             queue.end(submission, 0, lambda _: None)
             raise
     return submission
 
 
-def job_of(sweep: SweepDirectory, seats: Seats, address: str | None, code: object) -> Job:
+def job_of(sweep: SweepDirectory, seats: Seats, address: str | None, code: Path) -> Job:
     driver = ["workflows.sweeps.driver", str(sweep.path), str(seats.slots_per_node)]
     driver.append(str(seats.gpus_per_trial))
     beside = ["workflows.sweeps.mirror", str(sweep.path)]
     arguments = (sweep.path, driver, seats.placement.ranks_per_node, address, beside)
-    environment = job_environment(code)  # type: ignore[arg-type]
+    environment = job_environment(code)
     if address is None:
         environment |= ray_cluster.write_token(sweep.path) if sweep.path.exists() else {}
     care = Care(str(sweep.path / "progress-*"), _AFTER, str(sweep.path))
@@ -116,8 +117,19 @@ def job_of(sweep: SweepDirectory, seats: Seats, address: str | None, code: objec
     return Job(sweep.name, sweep.logs, target, arguments, environment, care, once_per_node=True)
 
 
-def _write(sweep: SweepDirectory, submission: Submission, seats: Seats) -> None:
-    entry = {**submission.model_dump(), "gpus_per_trial": seats.gpus_per_trial}
+def sbatch_script(name: str, seats: Seats) -> str | None:
+    """What submit() would hand to sbatch; None where that is not SLURM."""
+    if seats.place.config.executor != "slurm":
+        return None
+    job = job_of(SweepDirectory(paths.sweeps_dir() / name), seats, None, Snapshot().path)
+    return executors.sbatch_script(job, seats.place.config, seats.placement)
+
+
+def _write(
+    sweep: SweepDirectory, submission: Submission, seats: Seats, address: str | None
+) -> None:
+    more = {"gpus_per_trial": seats.gpus_per_trial, "address": address}
+    entry = {**submission.model_dump(), **more}
     text = json.dumps([*sweep.launches(), entry], indent=1)
     paths.write_atomically(sweep.launch_file, text + "\n")
 

@@ -18,7 +18,8 @@ from workflows.sweeps.directory import SweepDirectory
 if TYPE_CHECKING:
     from workflows.sweeps.mlflow_parent import SweepMirror
 
-_PATIENCE_AFTER_END_S = 25.0
+# The allocation waits for it.
+_PATIENCE_AFTER_END_S = 6.0
 _WAIT_S = 2.0
 _log = logging.getLogger(__name__)
 

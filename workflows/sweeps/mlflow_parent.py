@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from cvae import paths, yaml_model
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import mlflow_state
 from cvae.training.mlflow_push import Pusher
@@ -18,6 +20,7 @@ from cvae.training.mlflow_store import create_store, experiment_id
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial
 
 _TAG = "cvae.sweep_id"
+_log = logging.getLogger(__name__)
 
 
 class SweepMirror:
@@ -30,6 +33,7 @@ class SweepMirror:
         self.uri = mlflow_state.tracking_uri(self.state)
         self._pushers: dict[str, Pusher] = {}
         self._client: MlflowClient | None = None
+        self._refused: set[str] = set()
         self._told = ""
 
     def push(self) -> None:
@@ -94,7 +98,12 @@ class SweepMirror:
                 **{f"varied.{key}": str(value) for key, value in trial.values.items()},
             }
             self._pushers[run.name] = Pusher(run.path, tags)
-        self._pushers[run.name].push()
+        try:
+            self._pushers[run.name].push()
+        except UserError as error:
+            if run.name not in self._refused:
+                self._refused.add(run.name)
+                _log.error("%s: %s", run.name, error)
 
     def _tell_parent(self, client: MlflowClient, trials: list[Trial]) -> None:
         """Counts and the best so far, where anything has changed."""

@@ -1,5 +1,6 @@
 """A trial of a sweep: an ordinary run of this machine, started, watched and ended on Ray Tune's behalf."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ray import tune
 
 from cvae import paths
+from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
@@ -41,7 +42,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         # Of the allocation that the sweep runs in: this run is a job of this machine.
         for name in [key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_"))]:
             del os.environ[name]
-        cores = psutil.cpu_count(logical=True) or 1
+        cores = len(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // (slots * ranks)))
         self.sweep = SweepDirectory(Path(sweep))
         self.ranks = ranks
@@ -85,6 +86,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
                 newest = evaluated[-1] if evaluated else self.newest
                 assert newest is not None
                 yield self._result(newest, "finished")
+            elif not state.job.alive and _submission(self.run).cancelled is not None:
+                yield self._failed(f"cancelled: {state.reason}")
             elif not state.job.alive and state.status in ("stopped", "cancelled"):
                 # The allocation is ending: its signals reach every process. If not, the run goes on.
                 time.sleep(_STOPPED_S)
@@ -95,7 +98,10 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
 
     def _start(self) -> None:
         """Makes the run, or continues it where it is."""
-        experiment = with_values(self.sweep.experiment(), self.values)
+        try:
+            experiment = with_values(self.sweep.experiment(), self.values)
+        except UserError as error:
+            raise UserError(f"wrong combination: {error}") from None
         if not self.run.experiment_file.is_file():
             try:
                 RunDirectory.create(self.run.name, experiment)
@@ -136,7 +142,12 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
             if not run_state(self.run).job.alive:
                 break
             time.sleep(_POLL_S)
-        pointer = {"run": self.run.name, "step": self.reported, "newest": self.newest}
+        pointer = {
+            "trial": self.trial_id,
+            "run": self.run.name,
+            "step": self.reported,
+            "newest": self.newest,
+        }
         Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
     def _saved(self, step: int) -> bool:
@@ -148,21 +159,35 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         pointer = json.loads(Path(checkpoint_dir, _POINTER).read_text())
         origin = RunDirectory(paths.runs_dir() / pointer["run"])
         self.reported, self.newest = pointer["step"], pointer["newest"]
-        experiment = with_values(self.sweep.experiment(), self.values)
-        if origin.experiment() == experiment:
+        try:
+            experiment = with_values(self.sweep.experiment(), self.values)
+        except UserError as error:
+            self.results = iter([self._failed(f"wrong combination: {error}")])
+            return
+        if pointer["trial"] == self.trial_id and origin.experiment() == experiment:
             self.run = origin
         else:
             self.run = fork(origin, self.reported, self.trial_name, experiment)
 
 
-def fork(origin: RunDirectory, step: int, stem: str, experiment: Any) -> RunDirectory:
-    """A new run that begins from another's checkpoint at `step`, or the newest where that is gone."""
-    saved = sorted(origin.checkpoints.glob("step-*"))
-    chosen = next((path for path in saved if int(path.name[5:]) == step), saved[-1])
-    names = (f"{stem}-from_{int(chosen.name[5:])}", *(f"{stem}-from_{step}-{n}" for n in range(99)))
-    name = next(name for name in names if not (paths.runs_dir() / name).exists())
-    run = RunDirectory.create(name, experiment)
-    shutil.copytree(chosen, run.checkpoints / chosen.name)
+def fork(origin: RunDirectory, step: int, stem: str, experiment: Experiment) -> RunDirectory:
+    """A run that begins from another's checkpoint at `step`, or the newest where that is gone.
+
+    Asked again, as after a driver's death, it is the one that was made before.
+    """
+    for number in itertools.count(1):
+        run = RunDirectory(paths.runs_dir() / f"{stem}-from_{step}-{number}")
+        if not run.experiment_file.is_file():
+            run = RunDirectory.create(run.name, experiment)
+        if run.experiment() == experiment:
+            break
+    if not any(run.checkpoints.glob("step-*")):
+        saved = sorted(origin.checkpoints.glob("step-*"))
+        chosen = next((path for path in saved if int(path.name[5:]) == step), saved[-1])
+        nascent = run.checkpoints / f".{chosen.name}.new"
+        shutil.rmtree(nascent, ignore_errors=True)
+        shutil.copytree(chosen, nascent)
+        nascent.rename(run.checkpoints / chosen.name)
     return run
 
 

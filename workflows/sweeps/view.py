@@ -1,6 +1,7 @@
 """A sweep on the screen: a live table with a bar over all epochs, or lines where there is no terminal."""
 
 import json
+import shlex
 import sys
 import time
 
@@ -49,7 +50,7 @@ def follow(sweep: SweepDirectory) -> int:
     trials = sweep.trials()
     Console().print(table(sweep.sweep(), trials))
     print(ending(sweep, trials, job))
-    if trials and all(trial.ended for trial in trials):
+    if is_finished(sweep):
         return FAILED if all(trial.status == "failed" for trial in trials) else FINISHED
     return STOPPED if _was_stopped(sweep, job) else FAILED
 
@@ -191,7 +192,7 @@ def ending(sweep: SweepDirectory, trials: list[Trial], job: JobState) -> str:
     if best is not None:
         facts.append(("best", f"{best.run}, {settings.metric} {best.best:.2f}"))
         facts.append(("in full", full_command(sweep, best)))
-    if not trials or not all(trial.ended for trial in trials):
+    if not is_finished(sweep):
         told_tries = tries.read(sweep.logs, sweep.submissions()[-1].job_id)
         if told_tries and told_tries[-1].why:
             facts.append(("why", told_tries[-1].why))
@@ -207,11 +208,19 @@ def full_command(sweep: SweepDirectory, trial: Trial) -> str:
     meant = yaml_model.flatten(load_experiment(PROJECT_ROOT / settings.experiment).model_dump())
     searched = yaml_model.flatten(with_values(sweep.experiment(), trial.values).model_dump())
     values = [
-        f"{key}={json.dumps(value)}".replace('"', "")
+        shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
         for key, value in searched.items()
         if meant[key] != value and key not in _LENGTH
     ]
     return " ".join(["python workflows/launch.py", settings.experiment, *values])
+
+
+def is_finished(sweep: SweepDirectory) -> bool:
+    """Whether every trial has ended that was to be; a budget may have ended before some began."""
+    trials = sweep.trials()
+    told = tries.read(sweep.logs, sweep.submissions()[-1].job_id)
+    complete = len(trials) >= sweep.sweep().n_trials or bool(told and told[-1].cause == "finished")
+    return bool(trials) and complete and all(trial.ended for trial in trials)
 
 
 def _was_stopped(sweep: SweepDirectory, job: JobState) -> bool:

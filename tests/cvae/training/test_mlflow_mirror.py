@@ -23,7 +23,7 @@ from cvae.training import mlflow_mirror
 from cvae.training.journal import Journal
 from cvae.training.mlflow_mirror import behind, start_mirror, sync
 
-mlflow_mirror._prepare_mlflow()
+mlflow_mirror.prepare_mlflow()
 
 from mlflow.tracking import MlflowClient  # noqa: E402
 

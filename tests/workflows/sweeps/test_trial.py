@@ -1,0 +1,54 @@
+"""Parts of a trial without Ray: its values, the names of its runs, a run that takes over another's weights."""
+
+from pathlib import Path
+
+import pytest
+
+from cvae.training import checkpoint
+from tests.trained import make_run
+from workflows.sweeps.directory import LISTED, best_trial, run_name, values_of
+from workflows.sweeps.directory import Trial as Told
+from workflows.sweeps.trial import fork
+
+
+def test_values_and_names_of_a_trial() -> None:
+    values = values_of({LISTED: {"seed": 2, "model.fusion": "add"}, "optimizer.lr": 3e-4})
+    assert values == {"model.fusion": "add", "seed": 2, "optimizer.lr": 3e-4}
+    assert run_name("s", 7, values) == "s-07-fusion_add-seed_2-lr_0.0003"
+    assert run_name("s", 7, {"optimizer.betas": [0.9, 0.99]}) == "s-07-betas__0.9__0.99"
+    assert len(run_name("s", 7, {f"a{n}": "long" for n in range(50)})) <= 90
+
+
+def test_the_best_trial_is_never_a_failed_one() -> None:
+    bests = [3.0, 1.0, None, 2.0]
+    trials = [Told(n, str(n), str(n), {}, best=best) for n, best in enumerate(bests)]
+    trials[1].status = "failed"
+    assert best_trial(trials, "min") is trials[3]
+    assert best_trial(trials, "max") is trials[0]
+    assert best_trial([], "min") is None
+
+
+@pytest.mark.usefixtures("tiny_store")
+def test_a_fork_begins_from_the_other_runs_weights_and_is_made_once(home: Path) -> None:
+    origin = make_run("origin")
+    faster = origin.experiment().model_copy(update={"seed": 5})
+    run = fork(origin, 7, "trial", faster)
+    assert run.experiment() == faster
+    mine, theirs = (checkpoint.load_newest(x.checkpoints, print) for x in (run, origin))
+    assert mine is not None
+    assert theirs is not None
+    assert mine.state["step"] == theirs.state["step"] == 7
+    assert all(
+        (mine.tensors["model"][name] == x).all() for name, x in theirs.tensors["model"].items()
+    )
+    assert fork(origin, 7, "trial", faster).path == run.path
+    # Killed while it copied: the next attempt copies again.
+    (run.checkpoints / "step-00000007").rename(run.checkpoints / ".step-00000007.new")
+    assert fork(origin, 7, "trial", faster).path == run.path
+    assert checkpoint.load_newest(run.checkpoints, print) is not None
+    other = faster.model_copy(update={"seed": 6})
+    assert fork(origin, 7, "trial", other).path != run.path
+    # The step that was asked for is gone: the newest.
+    assert checkpoint.steps(fork(origin, 3, "late", other).checkpoints) == checkpoint.steps(
+        origin.checkpoints
+    )
