@@ -115,7 +115,7 @@ def _check_mlflow(home: Path, told: dict[Any, Trial]) -> None:
 def test_a_killed_sweep_goes_on(place: Path) -> None:
     """Everything is killed in mid-sweep; resumed, it ends as an undisturbed one."""
     space = {"model.latent_dim": {"grid": [2, 3, 4, 5]}}
-    file = write(place, space, training={"epochs": 600, "eval_every": 200, "log_every": 50})
+    file = write(place, space, training={"epochs": 300, "eval_every": 100, "log_every": 50})
     process = start(file, "--name", "killed")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
