@@ -1,63 +1,17 @@
 """sweep.py as a person uses it: real trials of tiny runs under a local Ray."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import yaml
 from mlflow.tracking import MlflowClient
 
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
-from tests.conftest import PROJECT_ROOT, tiny_experiment
-from workflows.sweeps.directory import SweepDirectory, Trial
+from tests.workflows.sweeps.sweeping import sweep, trials, write
+from workflows.sweeps.directory import Trial
 
 pytestmark = pytest.mark.timeout(280)
-
-
-@pytest.fixture
-def place(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with tiny data, on a machine where no SLURM answers."""
-    home = tiny_store.parent.parent
-    scontrol = home / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text("#!/bin/sh\nexit 1\n")
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    return home
-
-
-def write(home: Path, space: object, **keys: object) -> str:
-    training = {"epochs": 6, "eval_every": 2, "log_every": 5, **keys.pop("training", {})}  # type: ignore[dict-item]
-    (home / "tiny.yaml").write_text(yaml.safe_dump(tiny_experiment(**training)))
-    file = home / "sweep.yaml"
-    tree = {"name": "s", "experiment": str(home / "tiny.yaml"), "space": space, **keys}
-    file.write_text(yaml.safe_dump(tree))
-    return str(file)
-
-
-def start(*words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "workflows/sweep.py", *words]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=PROJECT_ROOT, text=True, **pipes)
-
-
-def sweep(*words: str) -> tuple[int, str]:
-    process = start(*words)
-    output = process.communicate()[0]
-    return process.returncode, output
-
-
-def trials(name: str) -> list[Trial]:
-    return SweepDirectory.open(name).trials()
 
 
 def test_trials_are_runs_and_what_fails_is_told_apart(place: Path) -> None:
@@ -110,56 +64,6 @@ def _check_mlflow(home: Path, told: dict[Any, Trial]) -> None:
         assert sorted(x.step for x in points) == [x["step"] for x in lines if x["kind"] == "epoch"]
     # Nobody but the sweep has written to MLflow.
     assert not list(home.glob("runs/*/logs/mlflow.log"))
-
-
-def test_a_killed_sweep_goes_on(place: Path) -> None:
-    """Everything is killed in mid-sweep; resumed, it ends as an undisturbed one."""
-    space = {"model.latent_dim": {"grid": [2, 3, 4, 5]}}
-    file = write(place, space, training={"epochs": 300, "eval_every": 100, "log_every": 50})
-    process = start(file, "--name", "killed")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(trial.ended for trial in _trials_so_far("killed")):
-            break
-        time.sleep(0.2)
-    before = {trial.run: trial.best for trial in trials("killed") if trial.ended}
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    _kill_everything(SweepDirectory.open("killed"))
-    journals = {run: (place / "runs" / run / "journal.jsonl").read_bytes() for run in before}
-
-    status, output = sweep("--resume", "killed")
-    assert status == 0, output
-    after = {trial.run: trial.best for trial in trials("killed")}
-    assert len(after) == 4
-    assert before
-    assert before.items() <= after.items()
-    for run, text in journals.items():
-        assert (place / "runs" / run / "journal.jsonl").read_bytes() == text
-
-    status, output = sweep(file, "--name", "undisturbed")
-    assert status == 0, output
-    undisturbed = {json.dumps(trial.values): trial.best for trial in trials("undisturbed")}
-    assert {json.dumps(trial.values): trial.best for trial in trials("killed")} == undisturbed
-    status, output = sweep("--resume", "killed")
-    assert status == 2
-    assert "is finished" in output
-
-
-def _trials_so_far(name: str) -> list[Trial]:
-    folder = Path(os.environ["CVAE_HOME"]) / "sweeps" / name
-    return SweepDirectory(folder).trials()
-
-
-def _kill_everything(sweep: SweepDirectory) -> None:
-    """The job, the driver, Ray; the trials' own processes are left to notice it."""
-    controller = psutil.Process(int(sweep.submissions()[-1].job_id))
-    for process in [controller, *controller.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = " ".join(process.cmdline())
-            of_a_trial = "/runs/" in command
-            if not of_a_trial:
-                process.kill()
 
 
 def test_asha_stops_what_lags_behind(place: Path) -> None:

@@ -1,0 +1,66 @@
+"""A sweep of which everything is killed; in a file of its own, as it takes long."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workflows.sweeps.sweeping import start, sweep, trials, write
+from workflows.sweeps.directory import SweepDirectory, Trial
+
+pytestmark = pytest.mark.timeout(280)
+
+
+def test_a_killed_sweep_goes_on(place: Path) -> None:
+    """Everything is killed in mid-sweep; resumed, it ends as an undisturbed one."""
+    space = {"model.latent_dim": {"grid": [2, 3, 4]}}
+    file = write(place, space, training={"epochs": 300, "eval_every": 100, "log_every": 50})
+    process = start(file, "--name", "killed")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(trial.ended for trial in _trials_so_far("killed")):
+            break
+        time.sleep(0.2)
+    before = {trial.run: trial.best for trial in trials("killed") if trial.ended}
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    _kill_everything(SweepDirectory.open("killed"))
+    journals = {run: (place / "runs" / run / "journal.jsonl").read_bytes() for run in before}
+
+    status, output = sweep("--resume", "killed")
+    assert status == 0, output
+    after = {trial.run: trial.best for trial in trials("killed")}
+    assert len(after) == 3
+    assert before
+    assert before.items() <= after.items()
+    for run, text in journals.items():
+        assert (place / "runs" / run / "journal.jsonl").read_bytes() == text
+
+    status, output = sweep(file, "--name", "undisturbed")
+    assert status == 0, output
+    undisturbed = {json.dumps(trial.values): trial.best for trial in trials("undisturbed")}
+    assert {json.dumps(trial.values): trial.best for trial in trials("killed")} == undisturbed
+    status, output = sweep("--resume", "killed")
+    assert status == 2
+    assert "is finished" in output
+
+
+def _trials_so_far(name: str) -> list[Trial]:
+    folder = Path(os.environ["CVAE_HOME"]) / "sweeps" / name
+    return SweepDirectory(folder).trials()
+
+
+def _kill_everything(sweep: SweepDirectory) -> None:
+    """The job, the driver, Ray; the trials' own processes are left to notice it."""
+    controller = psutil.Process(int(sweep.submissions()[-1].job_id))
+    for process in [controller, *controller.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            of_a_trial = "/runs/" in command
+            if not of_a_trial:
+                process.kill()
