@@ -114,8 +114,9 @@ def _taken(path: Path) -> str:
     )
 
 
-def free_name(stem: str) -> str:
-    """A name for a new run: the experiment's, and the time."""
+def free_name(stem: str, folder: Path | None = None) -> str:
+    """A name for a new folder: the stem and the time. folder: where it is to be; by default that of the runs."""
+    folder = folder or paths.runs_dir()
     base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
-    return next(name for name in names if not (paths.runs_dir() / name).exists())
+    return next(name for name in names if not (folder / name).exists())

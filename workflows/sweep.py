@@ -21,12 +21,12 @@ from cvae import paths
 from cvae.config import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
-from cvae.run_directory import check_new_name
+from cvae.run_directory import check_new_name, free_name
 from slurm import cluster, queue, tries
 from workflows import command_line
 from workflows.command_line import Parser, positive
 from workflows.sweeps.config import load_sweep
-from workflows.sweeps.directory import SweepDirectory, free_sweep_name
+from workflows.sweeps.directory import SweepDirectory
 from workflows.text import aligned, shown
 
 # More than a driver gets that is told to stop, and Ray and the mirror after it.
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     check_new_name(options.name)
     loaded = load_sweep(Path(files[0]), overrides, paths.PROJECT_ROOT)
     seats, where = _seats(options, loaded.experiment)
-    name = options.name or free_sweep_name(loaded.sweep.name)
+    name = options.name or free_name(loaded.sweep.name, paths.sweeps_dir())
 
     from workflows.sweeps import launching, view
 

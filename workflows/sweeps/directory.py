@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -126,12 +125,6 @@ class SweepDirectory:
 
     def submissions(self) -> list[Submission]:
         return [Submission.model_validate(entry) for entry in self.launches()]
-
-
-def free_sweep_name(stem: str) -> str:
-    base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
-    return next(name for name in names if not (paths.sweeps_dir() / name).exists())
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Runs the trials with Ray Tune: `python -m workflows.sweeps.driver FOLDER SLOTS RANKS`, where Ray is up.
+"""Runs the trials with Ray Tune: `python -m workflows.sweeps.driver FOLDER SLOTS GPUS_PER_TRIAL`, where Ray is up.
 
 A process of its own: it may be killed at any moment, and is then started again and goes on.
 """

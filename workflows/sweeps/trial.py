@@ -103,10 +103,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         except UserError as error:
             raise UserError(f"wrong combination: {error}") from None
         if not self.run.experiment_file.is_file():
-            try:
-                RunDirectory.create(self.run.name, experiment)
-            except OSError as error:
-                raise UserError(f"{self.run.path}: cannot be written: {error.strerror}") from None
+            RunDirectory.create(self.run.name, experiment)
         state = run_state(self.run)
         if state.status == "finished":
             return
