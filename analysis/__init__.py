@@ -1,0 +1,1 @@
+"""Runs as pandas tables, and reports made of them."""
