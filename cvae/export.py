@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from cvae.export_format import (
 )
 from cvae.grids import labelled_grid
 from cvae.model_card import model_card
-from cvae.paths import fsync, write_atomically
+from cvae.paths import whole_folder, write_atomically
 from cvae.pictures import write_png
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
@@ -57,7 +56,7 @@ def export_run(run: RunDirectory, folder: Path) -> Exported:
     if trained.encoder_entry is not None:
         _ = trained.text_encoder  # refuses one that is not the run's own
     exported = _facts(run, trained)
-    with _nascent(folder) as nascent:
+    with _whole(folder) as nascent:
         shutil.copy(run.experiment_file, nascent / EXPERIMENT)
         weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
         save_file(weights, nascent / WEIGHTS, metadata={"format": "pt"})
@@ -79,23 +78,14 @@ def export_run(run: RunDirectory, folder: Path) -> Exported:
 
 
 @contextmanager
-def _nascent(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that becomes it when the context ends well, and is gone otherwise."""
-    nascent = folder.parent / f".{folder.name}.new"
+def _whole(folder: Path) -> Iterator[Path]:
+    """As whole_folder, but a full disk, for which safetensors has an error of its own, is a UserError."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(nascent, ignore_errors=True)  # left by a kill
-        nascent.mkdir()
-        yield nascent
-        for file in nascent.rglob("*"):
-            fsync(file)
-        os.rename(nascent, folder)
-        fsync(folder.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        with whole_folder(folder) as nascent:
+            yield nascent
+    except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{folder} cannot be written: {reason}") from None
-    finally:
-        shutil.rmtree(nascent, ignore_errors=True)
 
 
 def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:

@@ -1,7 +1,10 @@
 """Where things live: everything a person makes is under one home folder."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -58,3 +61,27 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place when the context ends well, and is gone otherwise.
+
+    What was at `folder` is replaced. Raises OSError (disk full, no permission).
+    """
+    nascent, old = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("new", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for leftover in (nascent, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        nascent.mkdir()
+        yield nascent
+        for file in nascent.rglob("*"):
+            fsync(file)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(nascent, folder)
+        fsync(folder.parent)
+    finally:
+        for leftover in (nascent, old):
+            shutil.rmtree(leftover, ignore_errors=True)

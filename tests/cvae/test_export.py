@@ -68,13 +68,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import cvae.export as export
+import cvae.paths as paths
 from cvae.grids import labelled_grid
 from cvae.run_directory import RunDirectory
 
-for moment in ("save_file", "file_sha256", "fsync"):
+for module, moment in ((export, "save_file"), (export, "file_sha256"), (paths, "fsync")):
     child = os.fork()
     if child == 0:
-        setattr(export, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(module, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         export.export_run(RunDirectory.open("tiny"), Path(sys.argv[1]))
     print(moment, os.WTERMSIG(os.waitpid(child, 0)[1]), os.path.exists(sys.argv[1]))
 """
