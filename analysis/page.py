@@ -1,0 +1,223 @@
+"""The report as one HTML file that needs nothing beside it: tables, drawings and pictures are all inside.
+
+Everything that comes from a run (names, captions, reasons, commands) passes through Jinja2's escaping.
+"""
+
+import base64
+import io
+import math
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from analysis.figures import INK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Direction = Literal["min", "max"]
+_PIXELS_PER_INCH = 100
+_VERDICTS = {"supported": "supported", "contradicted": "contradicted"}
+
+
+class Measure(float):
+    """A mean that is shown with its standard error."""
+
+    se: float
+
+    def __new__(cls, mean: float, se: float) -> "Measure":
+        made = super().__new__(cls, mean)
+        made.se = se
+        return made
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    key: "float | str | None" = None
+    """What the column is sorted by; "" where there is no value."""
+    number: bool = False
+    best: bool = False
+    code: bool = False
+    long: bool = False
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    text: str
+    number: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table, a drawing or a picture of a section."""
+
+    kind: Literal["table", "svg", "image", "text"]
+    title: str = ""
+    text: str = ""
+    heads: Sequence[Head] = ()
+    rows: Sequence[Sequence[Cell]] = ()
+    sortable: bool = False
+    svg: Markup = field(default_factory=Markup)
+    source: str = ""
+    alt: str = ""
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    parts: Sequence[Part]
+    text: str = ""
+
+
+def render(title: str, made: str, sections: Sequence[Section], **more: Any) -> str:
+    """The page. more: summary and warnings (lists of lines), footer."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_template("report.html.j2"))
+    return template.render(
+        title=title,
+        made=made,
+        sections=[section for section in sections if section.parts or section.text],
+        style=Markup(_template("style.css")),
+        script=Markup(_template("sort.js")),
+        **more,
+    )
+
+
+def table(
+    frame: pd.DataFrame,
+    title: str = "",
+    text: str = "",
+    best: "Mapping[str, Direction] | None" = None,
+    code: Sequence[str] = (),
+    long: Sequence[str] = (),
+    sortable: bool = True,
+) -> Part:
+    """A frame's columns as they stand; its index is not shown.
+
+    best: columns whose best value is bold, and which end is best. code, long: columns of commands, and of
+    sentences.
+    """
+    winners = {name: _winner(frame[name], end) for name, end in (best or {}).items()}
+    numeric = {
+        name: any(_is_number(value) for value in frame[name])
+        and all(_is_number(value) or _is_missing(value) for value in frame[name])
+        for name in frame.columns
+    }
+    rows = [
+        [
+            _cell(
+                value,
+                numeric[name],
+                best=name in winners and _is_number(value) and value == winners[name],
+                code=name in code,
+                long=name in long,
+                verdict=_VERDICTS.get(str(value), "open") if name == "verdict" else "",
+            )
+            for name, value in zip(frame.columns, row, strict=True)
+        ]
+        for row in frame.itertuples(index=False)
+    ]
+    heads = [Head(str(name), numeric[name]) for name in frame.columns]
+    return Part("table", title, text, heads, rows, sortable)
+
+
+def drawing(figure: "Figure", title: str, text: str = "") -> Part:
+    """A figure as SVG in the page's own ink."""
+    svg = svg_text(figure, title)
+    svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2)
+    width = round(figure.get_figwidth() * _PIXELS_PER_INCH)
+    style = f'<svg role="img" aria-label="{Markup.escape(title)}" style="max-width:{width}px"'
+    svg = svg.replace("<svg", style, 1).replace(INK, "currentColor")
+    return Part("svg", title, text, svg=Markup(svg))
+
+
+def picture(image: "Image.Image | Figure", title: str, text: str = "") -> Part:
+    png = png_bytes(image)
+    with Image.open(io.BytesIO(png)) as read:
+        width, height = read.size
+    source = "data:image/png;base64," + base64.b64encode(png).decode()
+    return Part("image", title, text, source=source, alt=title, width=width, height=height)
+
+
+def svg_text(figure: "Figure", salt: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Else clip paths would have random names, and two reports of the same runs would differ.
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def png_bytes(image: "Image.Image | Figure") -> bytes:
+    buffer = io.BytesIO()
+    if isinstance(image, Image.Image):
+        image.save(buffer, format="PNG", optimize=True)
+    else:
+        image.savefig(buffer, format="png", dpi=130, facecolor="white")
+    return buffer.getvalue()
+
+
+def shown(value: Any) -> str:
+    """A value as the page writes it: four digits, "–" for what is missing, NaN and infinity by name."""
+    if _is_missing(value):
+        return "–"
+    if _is_number(value):
+        number = float(value)
+        if isinstance(value, Measure) and math.isfinite(value.se):
+            # As many decimals as the error's two digits have.
+            decimals = max(0, 1 - math.floor(math.log10(value.se))) if value.se > 0 else 2
+            return f"{number:,.{decimals}f} ± {value.se:.{decimals}f}".replace("-", "−")
+        if math.isnan(number):
+            return "NaN"
+        if math.isinf(number):
+            return "∞" if number > 0 else "−∞"
+        if number == int(number) and abs(number) < 1e15:
+            return f"{int(number):,}".replace("-", "−")
+        digits = f"{number:,.2f}" if abs(number) >= 100 else f"{number:.4g}"
+        return digits.replace("-", "−")
+    return str(value)
+
+
+def _cell(value: Any, number: bool, **looks: Any) -> Cell:
+    if _is_missing(value):
+        return Cell("–", key="", number=number)
+    if number:
+        key: float | str = float(value) if math.isfinite(value) else ""
+        return Cell(shown(value), key=key, number=True, **looks)
+    return Cell(shown(value), **looks)
+
+
+def _winner(values: pd.Series, end: Direction) -> float | None:
+    finite = [float(x) for x in values if _is_number(x) and math.isfinite(x)]
+    # Of a single run nothing is best.
+    if len(finite) < 2:
+        return None
+    return min(finite) if end == "min" else max(finite)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value is not pd.NA
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or value is pd.NaT
+
+
+def _template(name: str) -> str:
+    return (files("analysis") / "templates" / name).read_text("utf-8")

@@ -1,0 +1,133 @@
+"""Makes a report of runs: tables with intervals, figures, pictures, and the paper's claims put to the test.
+
+    python analysis/report.py [--experiment NAME] [--sweep SWEEP] [--runs RUN …] --out DIR
+
+DIR/index.html holds all of it and works offline; the same tables lie in DIR/tables as CSV and Parquet, figures and
+pictures in DIR/figures as PNG and SVG. Nothing is trained; drawing pictures takes seconds a run. A report that is
+at DIR already is replaced.
+"""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import curves, runs
+from analysis.page import png_bytes, render, svg_text
+from analysis.sections import MADE_BY, Material, sections, summary
+from analysis.showcase import MOST_RUNS, Picture, opened, pictures
+from cvae.errors import UserError
+from cvae.paths import whole_folder
+from cvae.run_directory import RunDirectory
+from workflows import command_line
+from workflows.command_line import Parser
+
+_CURVES = ["train/loss", "val/loss"]
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="report.py", description="Makes a report of runs: one HTML file, tables, figures."
+    )
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="all runs of the experiment of that name"
+    )
+    parser.add_argument("--sweep", metavar="SWEEP", help="the trials of a sweep")
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help='names or folders, or "latest"')
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    if not (options.experiment or options.sweep or options.runs):
+        raise UserError(
+            "a report of which runs? give --experiment NAME, --sweep SWEEP or --runs RUN …"
+        )
+    out: Path = options.out
+    _check_out(out)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        found = runs(options.experiment, sweep=options.sweep, names=options.runs)
+        points = curves(found, _CURVES)
+    notes = [str(warning.message) for warning in told if warning.category is UserWarning]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    material = Material(found, points, notes)
+    drawn, refused = _pictures(material)
+    notes += [f"no pictures of {name}: {reason}" for name, reason in refused.items()]
+    _write(
+        out, _title(options), material, drawn, " ".join(["python analysis/report.py", *arguments])
+    )
+    for line in summary(material):
+        print(line)
+    print(out / "index.html")
+    return 0
+
+
+def _pictures(material: Material) -> tuple[list[Picture], dict[str, str]]:
+    """What the shown runs draw, and of those that cannot, why."""
+    here = [RunDirectory(Path(path)) for path in material.showcase(MOST_RUNS)]
+    trained, refused = opened(here)
+    return list(pictures(trained, material.labels)), refused
+
+
+def _write(out: Path, title: str, material: Material, drawn: list[Picture], command: str) -> None:
+    try:
+        with whole_folder(out) as folder:
+            (folder / "tables").mkdir()
+            (folder / "figures").mkdir()
+            made = sections(material, drawn)
+            for name, frame in made.tables.items():
+                frame.to_csv(folder / "tables" / f"{name}.csv", index=False)
+                _plain(frame).to_parquet(folder / "tables" / f"{name}.parquet", index=False)
+            for name, figure in made.figures.items():
+                (folder / "figures" / f"{name}.svg").write_text(svg_text(figure, name), "utf-8")
+                (folder / "figures" / f"{name}.png").write_bytes(png_bytes(figure))
+            for picture in drawn:
+                (folder / "figures" / f"{picture.name}.png").write_bytes(png_bytes(picture.image))
+            page = render(
+                title,
+                f"{time.strftime('%d %B %Y, %H:%M')}; {command}",
+                made.sections,
+                summary=summary(material),
+                warnings=material.notes,
+                footer=MADE_BY,
+            )
+            (folder / "index.html").write_text(page, "utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """A column of mixed types has none in Parquet: such become text."""
+    mixed = {
+        name: frame[name].map(lambda x: None if x is None or x is pd.NA else str(x))
+        for name in frame.columns
+        if frame[name].dtype == object
+    }
+    return frame.assign(**mixed)
+
+
+def _title(options: object) -> str:
+    chosen = vars(options)
+    if chosen["sweep"]:
+        return f"Sweep {chosen['sweep']}"
+    return str(chosen["experiment"] or ", ".join(chosen["runs"]))
+
+
+def _check_out(out: Path) -> None:
+    """Before minutes of work: whether a report can be put there, and nothing else is in its way."""
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; a report is a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    page = out / "index.html"
+    if not page.is_file() or MADE_BY not in page.read_text("utf-8", errors="replace"):
+        raise UserError(f"--out {out}: is not empty, and no report of ours that could be replaced")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

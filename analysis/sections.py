@@ -1,0 +1,355 @@
+"""What a report says, in its order: claims, runs, ablations, curves, pictures, where it all comes from."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis import figures
+from analysis.claims import judge
+from analysis.intervals import changed_keys, compare, importance
+from analysis.intervals import summary as mean_and_se
+from analysis.page import Direction, Measure, Part, Section, drawing, picture, shown, table
+from analysis.showcase import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MADE_BY = "Made by analysis/report.py of cvae-workflow."
+METRIC = "val/loss"
+"""What runs are ranked by: −ELBO of the evaluated split at a run's best epoch, in nats per image."""
+
+# Which end is good. A metric that is not here has none: KL alone is neither good nor bad.
+_BETTER: "dict[str, Direction]" = {
+    "loss": "min",
+    "bits_per_dim": "min",
+    "text_gain": "max",
+    "iwae": "min",
+    "psnr": "max",
+    "ssim": "max",
+    "frechet": "min",
+    "fid": "min",
+    "sample_accuracy": "max",
+    "caption_match": "max",
+}
+_OF_THE_ELBO = ("loss", "recon_loss", "kl", "bits_per_dim", "text_gain", "text_gain_se")
+# Runs that differ in these have losses of different meaning.
+_MEANING = ("model.likelihood", "model.beta", "data.name", "data.image_size", "data.val")
+_MOST_CHANGED_VALUES = 8
+
+
+@dataclass
+class Material:
+    """What a report is made of: the tables of analysis.runs and analysis.curves, and notes for the reader."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The configuration's keys that differ among the runs, without the seed."""
+        return [key for key in changed_keys(self.runs) if key != "seed"]
+
+    @cached_property
+    def groups(self) -> pd.Series:
+        """By run: the values that its group has in common, as "fusion=add, backbone=conv"."""
+        short = {key: key.rpartition(".")[2] for key in self.keys}
+        twice = {name for name in short.values() if list(short.values()).count(name) > 1}
+        names = {key: key if name in twice else name for key, name in short.items()}
+        labels = [
+            ", ".join(f"{names[key]}={shown(row[key])}" for key in self.keys) or "all runs"
+            for _, row in self.runs.iterrows()
+        ]
+        return pd.Series(labels, index=self.runs.index)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Those that at least one run has, without what evaluate.py and the training both measured."""
+        found = [name for name in self.runs if str(name).startswith(("val/", "eval/", "eval_"))]
+        there = [str(name) for name in found if self.runs[name].notna().any()]
+        twice = {f"eval/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there}
+        return [name for name in there if name not in twice]
+
+    @cached_property
+    def out_of_the_means(self) -> pd.Series:
+        """By run: why it is in no mean and in no comparison; runs that are in are not listed."""
+        reasons = {}
+        for name, row in self.runs.iterrows():
+            if row["status"] != "finished":
+                reasons[name] = f"{row['status']}: {shown(row['reason'])}".removesuffix(": –")
+            elif METRIC not in row or pd.isna(row[METRIC]):
+                reasons[name] = f"has no {METRIC}, or it is not a number"
+            elif not np.isfinite(row[METRIC]):
+                reasons[name] = f"its {METRIC} is infinite"
+        return pd.Series(reasons, dtype=object)
+
+    @property
+    def whole(self) -> pd.DataFrame:
+        """The runs that are in."""
+        return self.runs.drop(index=self.out_of_the_means.index)
+
+    @property
+    def differ_in_meaning(self) -> list[str]:
+        there = [key for key in _MEANING if key in self.runs]
+        return [key for key in there if self.runs[key].nunique() > 1]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each run is called in a picture: what sets it apart, else its name."""
+        names = {str(name): str(label) for name, label in self.groups.items()}
+        return names if self.keys else {name: name for name in names}
+
+    def showcase(self, most: int) -> list[str]:
+        """Folders of the runs whose pictures are shown: the first of each group, the best groups first."""
+        if METRIC not in self.runs:
+            return []
+        here = self.whole[self.whole["path"].notna()].sort_values(METRIC)
+        firsts = here.assign(group=self.groups).groupby("group", sort=False)["path"].first()
+        return [str(path) for path in firsts[:most]]
+
+
+class Report(NamedTuple):
+    sections: list[Section]
+    tables: dict[str, pd.DataFrame]
+    figures: "dict[str, Figure]"
+
+
+def summary(material: Material) -> list[str]:
+    """Some sentences: how many runs, and the best."""
+    runs, whole = material.runs, material.whole
+    counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
+    lines = [f"{len(runs)} runs: {counts}." if len(runs) > 1 else f"One run: {counts[2:]}."]
+    if not whole.empty and not material.differ_in_meaning:
+        best = str(whole[METRIC].astype(float).idxmin())
+        of = f" ({material.groups[best]})" if material.keys else ""
+        lines.append(
+            f"Lowest {METRIC}: {whole[METRIC].astype(float).min():.2f} nats per image, {best}{of}."
+        )
+    if whole.groupby(material.groups[whole.index]).size().max() == 1 and len(whole):
+        lines.append("One seed each: no interval can be given, and none is made up.")
+    return lines
+
+
+def sections(material: Material, drawn: Sequence[Picture]) -> Report:
+    tables: dict[str, pd.DataFrame] = {}
+    made: dict[str, Figure] = {}
+    parts = [
+        _claims(material, tables),
+        _overview(material, tables),
+        _groups(material, tables),
+        _ablations(material, tables),
+        _curves(material, made),
+        _search(material, made),
+        Section("pictures", "Pictures", [picture(p.image, p.title, p.text) for p in drawn]),
+        _left_out(material),
+        _provenance(material, tables),
+    ]
+    return Report(parts, tables, made)
+
+
+def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
+    runs = material.runs
+    columns = {"run": runs.index, "status": runs["status"]}
+    seed = ["seed"] if runs["seed"].nunique() > 1 else []
+    columns |= {key: runs[key] for key in [*material.keys, *seed]}
+    columns |= {name: runs[name] for name in material.metrics}
+    columns |= {
+        "epochs": runs["epoch"].astype(float).round(2),
+        "minutes": (runs["seconds"] / 60).round(1),
+        "GPU hours": runs["gpu_hours"].astype(object).where(runs["gpu_hours"].notna(), None),
+        "seconds per epoch": runs["seconds_per_epoch"].astype(float).round(2),
+    }
+    frame = pd.DataFrame(columns)
+    tables["runs"] = frame
+    text = "Metrics of the best epoch; in bold the best of a column. A click on a head sorts."
+    if material.differ_in_meaning:
+        keys = " and ".join(material.differ_in_meaning)
+        text += (
+            f" The runs differ in {keys}: their losses have different meanings and are not ranked."
+        )
+    return Section("runs", "Runs", [table(_missing(frame), best=_best(material))], text)
+
+
+def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
+    """Means over seeds."""
+    whole = material.whole
+    rows = []
+    for name, members in whole.groupby(material.groups[whole.index], sort=False):
+        row: dict[str, object] = {"runs that differ in the seed alone": name, "seeds": len(members)}
+        for metric in material.metrics:
+            values = members[metric].dropna().astype(float)
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                mean, se, _ = mean_and_se(finite)
+                row |= {metric: mean, f"{metric} se": se}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    if whole.empty or len(rows) == len(whole):
+        return Section("groups", "Means over seeds", [])
+    tables["groups"] = frame
+    text = "Mean and standard error over the seeds; runs that are left out are listed below."
+    best = {name: end for name, end in _best(material).items() if name in frame}
+    return Section("groups", "Means over seeds", [table(_with_errors(frame), best=best)], text)
+
+
+def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
+    parts = []
+    for key in material.keys:
+        if material.runs[key].nunique(dropna=False) > _MOST_CHANGED_VALUES:
+            continue
+        compared = [compare(material.runs, key, metric) for metric in _compared(material, key)]
+        frames = [frame for frame in compared if not frame.empty]
+        if frames:
+            frame = pd.concat(frames, ignore_index=True)
+            tables[f"ablation_{key}"] = frame
+            parts.append(table(_with_errors(frame), key, sortable=False))
+    text = (
+        "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
+        " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided."
+    )
+    return Section("ablations", "What each key does", parts, text if parts else "")
+
+
+def _compared(material: Material, key: str) -> list[str]:
+    """Metrics with a better end. A key that changes what a loss means leaves those out that are losses."""
+    ends = [name for name in material.metrics if _end(name) is not None or "probe" in name]
+    meaning = any(key == other for other in _MEANING)
+    return [name for name in ends if not (meaning and ("loss" in name or "bits" in name))]
+
+
+def _curves(material: Material, made: "dict[str, Figure]") -> Section:
+    parts = []
+    drawn = {
+        "learning_curves": figures.learning_curves(material.curves, material.groups),
+        "elbo_parts": figures.elbo_parts(material.whole, material.groups),
+    }
+    titles = {
+        "learning_curves": (
+            "Learning curves",
+            "Mean over a group's runs, band: ± a standard error.",
+        ),
+        "elbo_parts": ("The two parts of −ELBO", "At each run's best epoch, in nats per image."),
+    }
+    n_groups = material.groups.nunique()
+    if n_groups > figures.MOST_GROUPS:
+        more = f" The first {figures.MOST_GROUPS} of {n_groups} groups."
+        titles = {name: (title, text + more) for name, (title, text) in titles.items()}
+    for name, figure in drawn.items():
+        if figure is not None:
+            made[name] = figure
+            parts.append(drawing(figure, *titles[name]))
+    return Section("curves", "Curves", parts)
+
+
+def _search(material: Material, made: "dict[str, Figure]") -> Section:
+    keys = [*material.keys, *(["seed"] if material.runs["seed"].nunique() > 1 else [])]
+    parts = []
+    lines = figures.parallel_coordinates(material.whole, keys, METRIC)
+    if lines is not None:
+        made["parallel_coordinates"] = lines
+        text = f"A line is a run; the darker, the lower its {METRIC}."
+        parts.append(drawing(lines, "Parallel coordinates", text))
+    bars = figures.importance_bars(importance(material.whole, METRIC))
+    if bars is not None:
+        made["importance"] = bars
+        text = f"How much of the variation of {METRIC} each key explains (functional ANOVA, by Optuna)."
+        parts.append(drawing(bars, "Importance of each key", text))
+    return Section("search", "What the search found", parts)
+
+
+def _claims(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
+    frame = judge(material.runs)
+    tables["claims"] = frame
+    text = "Each claim of the paper, put to the test by the runs of this report alone."
+    long = ("claim", "setting", "why", "where")
+    return Section(
+        "claims", "The paper's claims", [table(_missing(frame), long=long, sortable=False)], text
+    )
+
+
+def _left_out(material: Material) -> Section:
+    reasons = material.out_of_the_means
+    frame = pd.DataFrame({"run": reasons.index, "why": reasons.to_numpy()})
+    text = "These are in the table of runs, and in no mean, no comparison and no claim."
+    parts = [table(frame, long=("why",))] if len(frame) else []
+    return Section("left_out", "Left out of the means", parts, text if parts else "")
+
+
+def _provenance(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
+    runs = material.runs
+    frame = pd.DataFrame(
+        {
+            "run": runs.index,
+            "commit": runs["commit"].map(lambda x: None if pd.isna(x) else str(x)[:12]),
+            "changed since": runs["uncommitted_changes"],
+            "data": runs["data_name"],
+            "digest": runs["data_digest"].map(lambda x: None if pd.isna(x) else str(x)[:12]),
+            "ranks": runs["world_size"],
+            "hosts": runs["hosts"],
+            "device": runs["device"],
+            "reproduce": [_command(row) for _, row in runs.iterrows()],
+        }
+    )
+    tables["provenance"] = frame
+    packages = [found for found in runs["packages"] if isinstance(found, dict)]
+    versions = {
+        name: ", ".join(sorted({str(found[name]) for found in packages if found.get(name)}))
+        for name in (packages[0] if packages else {})
+    }
+    listed = pd.DataFrame({"package": versions.keys(), "version": versions.values()})
+    parts: list[Part] = [table(_missing(frame), code=("reproduce",), long=("reproduce",))]
+    if len(listed):
+        parts.append(table(listed, "Packages", sortable=False))
+    return Section("provenance", "Where it comes from", parts)
+
+
+def _command(row: pd.Series) -> str | None:
+    """Repeats a run, wherever it was launched from: its resolved experiment."""
+    if isinstance(row["path"], str):
+        return f"python workflows/launch.py {shlex.quote(f'runs/{row.name}/experiment.yaml')}"
+    return None if pd.isna(row["command"]) else str(row["command"])
+
+
+def _best(material: Material) -> "dict[str, Direction]":
+    ends = {name: _end(name) for name in material.metrics}
+    found = {name: end for name, end in ends.items() if end is not None}
+    if material.differ_in_meaning:
+        return {
+            name: end for name, end in found.items() if "loss" not in name and "bits" not in name
+        }
+    return found
+
+
+def _end(metric: str) -> "Direction | None":
+    """min or max; None for a metric that is neither good nor bad, and for the chance beside another."""
+    name = metric.partition("/")[2]
+    if name.endswith(("_se", "_chance")):
+        return None
+    exact = _BETTER.get(name)
+    starts = (end for known, end in _BETTER.items() if name.startswith((f"{known}_", known + "s")))
+    return exact or next(starts, None)
+
+
+def _with_errors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each mean together with the standard error that stands behind it, as one column."""
+    errors = {name: f"{str(name).removesuffix(' mean')} se" for name in frame}
+    shown = {
+        str(name): [
+            Measure(mean, error) if isinstance(mean, float) else mean
+            for mean, error in zip(frame[name], frame[se], strict=True)
+        ]
+        for name, se in errors.items()
+        if se in frame
+    }
+    whole = frame.astype(object).assign(**shown)
+    return _missing(whole.drop(columns=[se for se in errors.values() if se in frame]))
+
+
+def _missing(frame: pd.DataFrame) -> pd.DataFrame:
+    """Where pandas writes NaN for what is not there, nothing."""
+    return frame.astype(object).where(frame.notna(), None)
