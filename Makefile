@@ -19,7 +19,10 @@ demo: install
 	python workflows/prepare.py scenes
 	python workflows/launch.py --nodes 2 --gpus 8
 	python workflows/generate.py latest
+	python workflows/evaluate.py latest
+	python analysis/report.py --runs latest --out reports/demo
 	@echo
+	@echo "Report:   reports/demo/index.html"
 	@echo "Pictures: $$(python workflows/runs.py path latest)/pictures"
 	@echo "MLflow:   make mlflow   (then open the address that it prints)"
 
