@@ -106,7 +106,7 @@ def parallel_coordinates(runs: pd.DataFrame, keys: Sequence[str], metric: str) -
     for place, (_, ticks) in enumerate(columns):
         axes.axvline(place, color=INK, lw=0.8, alpha=0.5)
         for height, text in ticks:
-            axes.text(place + 0.03, height, text, fontsize=8, color=INK, va="center")
+            axes.text(place + 0.03, height + 0.012, text, fontsize=8, color=INK, va="bottom")
     axes.set(xticks=range(len(columns)), yticks=[], xlim=(-0.2, len(columns) - 0.6))
     axes.set_xticklabels([*keys, metric], fontsize=9)
     axes.grid(False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["min", "max"]
 _PIXELS_PER_INCH = 100
+_LEAST = 560  # pixels: a drawing that is smaller on a phone can be moved instead
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted"}
 
 
@@ -141,7 +142,8 @@ def drawing(figure: "Figure", title: str, text: str = "") -> Part:
     svg = svg_text(figure, title)
     svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2)
     width = round(figure.get_figwidth() * _PIXELS_PER_INCH)
-    style = f'<svg role="img" aria-label="{Markup.escape(title)}" style="max-width:{width}px"'
+    sizes = f"max-width:{width}px;min-width:{min(width, _LEAST)}px"
+    style = f'<svg role="img" aria-label="{Markup.escape(title)}" style="{sizes}"'
     svg = svg.replace("<svg", style, 1).replace(INK, "currentColor")
     return Part("svg", title, text, svg=Markup(svg))
 

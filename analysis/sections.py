@@ -72,8 +72,9 @@ class Material:
         """Those that at least one run has, without what evaluate.py and the training both measured."""
         found = [name for name in self.runs if str(name).startswith(("val/", "eval/", "eval_"))]
         there = [str(name) for name in found if self.runs[name].notna().any()]
-        twice = {f"eval/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there}
-        return [name for name in there if name not in twice]
+        first = [f"val/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there]
+        twice = {f"eval/{name.partition('/')[2]}" for name in first}
+        return first + [name for name in there if name not in twice and name not in first]
 
     @cached_property
     def out_of_the_means(self) -> pd.Series:
@@ -100,9 +101,12 @@ class Material:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What each run is called in a picture: what sets it apart, else its name."""
-        names = {str(name): str(label) for name, label in self.groups.items()}
-        return names if self.keys else {name: name for name in names}
+        """What each run is called in a picture: its values of the keys that differ, else its name."""
+        rows = self.runs.iterrows()
+        return {
+            str(name): ", ".join(shown(row[key]) for key in self.keys) or str(name)
+            for name, row in rows
+        }
 
     def showcase(self, most: int) -> list[str]:
         """Folders of the runs whose pictures are shown: the first of each group, the best groups first."""
@@ -217,9 +221,10 @@ def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
 
 def _compared(material: Material, key: str) -> list[str]:
     """Metrics with a better end. A key that changes what a loss means leaves those out that are losses."""
-    ends = [name for name in material.metrics if _end(name) is not None or "probe" in name]
-    meaning = any(key == other for other in _MEANING)
-    return [name for name in ends if not (meaning and ("loss" in name or "bits" in name))]
+    ended = [name for name in material.metrics if _end(name) is not None or name.endswith("_probe")]
+    # Bits per dimension are the same nats once more.
+    metrics = [name for name in ended if not name.endswith("bits_per_dim")]
+    return [name for name in metrics if not (key in _MEANING and "loss" in name)]
 
 
 def _curves(material: Material, made: "dict[str, Figure]") -> Section:
