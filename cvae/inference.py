@@ -21,7 +21,7 @@ def decode(model: Cvae, latent: Vectors, condition: Vectors | None) -> Images:
     """Mean images, uint8 (B, C, H, W), for z (B, *latent_shape) and condition (B, condition_dim)."""
 
     def decoded(z: Tensor, c: Tensor | None) -> Tensor:
-        return _to_bytes(model.decode(z, c))
+        return to_bytes(model.decode(z, c))
 
     return _in_parts(model, decoded, latent, condition)
 
@@ -46,7 +46,7 @@ def sample(
     """
 
     def drawn(part: Tensor, c: Tensor | None) -> Tensor:
-        return _to_bytes(model.decode(model.draw_latent(part, c), c))
+        return to_bytes(model.decode(model.draw_latent(part, c), c))
 
     return _in_parts(model, drawn, noise, condition, advance)
 
@@ -99,5 +99,6 @@ def _in_parts(
     return np.concatenate(blocks)
 
 
-def _to_bytes(images: Tensor) -> Tensor:
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8."""
     return (images * 255).round().clamp(0, 255).byte()

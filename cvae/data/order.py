@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # One stream per purpose: no draw of one can shift the draws of another.
-_ORDER, _CAPTION, _NOISE, _EVAL, _SAMPLE = range(5)
+_ORDER, _CAPTION, _NOISE, _EVAL, _SAMPLE, _IWAE, _BINARY = range(7)
 EVAL_BLOCK = 512
 
 
@@ -86,6 +86,32 @@ def eval_blocks(seed: int, n_images: int, latent_shape: tuple[int, ...]) -> Iter
         choice = generator.random(EVAL_BLOCK)
         noise = generator.standard_normal((EVAL_BLOCK, *latent_shape), dtype=np.float32)
         yield Batch(indices, choice[: len(indices)], noise[: len(indices)])
+
+
+def iwae_noise(
+    seed: int, block: int, draws: range, latent_shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """(len(draws), EVAL_BLOCK, *latent_shape) standard normal: these draws of z for each image of a block."""
+    shape = (EVAL_BLOCK, *latent_shape)
+    return np.stack(
+        [
+            # Blocks and draws count in halves of one word.
+            _generator(seed, _IWAE, (block << 32) + draw).standard_normal(shape, dtype=np.float32)
+            for draw in draws
+        ]
+    )
+
+
+def binarised(seed: int, rows: NDArray[np.int64], images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (B, C, H, W) of these rows, each pixel drawn as 0 or 255; its grey value is the probability of 255.
+
+    The draws are functions of (seed, row): every evaluation sees the same binary images.
+    """
+    greys = images.astype(np.float32) / 255
+    draws = [
+        _generator(seed, _BINARY, int(row)).random(images.shape[1:], np.float32) for row in rows
+    ]
+    return np.where(np.stack(draws) < greys, 255, 0).astype(np.uint8)
 
 
 def sample_noise(seed: int, count: int, latent_shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cvae import config
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.likelihood import LIKELIHOODS
-from cvae.models.prior import PRIORS, Prior
+from cvae.models.prior import PRIORS, Prior, normal_log_prob
 
 # One line a backbone: the module whose build() makes its encoder and decoder. Imported when it is asked
 # for, since diffusers takes seconds.
@@ -65,6 +65,29 @@ class Cvae(nn.Module):
         kl = terms.sum(1)
         penalty = terms.clamp(min=self.free_bits).sum(1) if self.free_bits else kl
         return Elbo(self.likelihood.recon_loss(output, target), kl, penalty)
+
+    def log_weights(
+        self, images: Tensor, observed: Tensor, condition: Tensor | None, noise: Tensor
+    ) -> Tensor:
+        """log p(x|z,c) p(z|c) / q(z|y,c) of K draws of z for each of B images, (K, B), fp64, in nats.
+
+        images: y, what the posterior is told, (B, C, H, W) uint8. observed: x, whose likelihood it is, alike;
+        where the likelihood is binary its pixels are 0 or 255. Whatever the posterior is told, weights average to
+        p(x|c) (Burda et al. 2016, eq. 8). noise: (K, B, *latent_shape).
+        """
+        condition = self._standardized(condition)
+        moments = self._moments(to_unit(images), condition)
+        n_draws = len(noise)
+        latent = moments.mean + (0.5 * moments.log_variance).exp() * noise
+
+        def each(values: Tensor) -> Tensor:
+            return values.expand(n_draws, *values.shape).flatten(0, 1)
+
+        z, c = latent.flatten(0, 1), None if condition is None else each(condition)
+        nll = self.likelihood.nll(self.decoder(z, c), each(observed))
+        spread = 0.5 * moments.log_variance.flatten(1).sum(1, dtype=torch.float64)
+        posterior = normal_log_prob(noise.flatten(0, 1)) - each(spread)
+        return (self.prior.log_prob(z, c) - nll - posterior).reshape(n_draws, -1)
 
     def draw_latent(self, noise: Tensor, condition: Tensor | None) -> Tensor:
         """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""

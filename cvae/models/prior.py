@@ -1,5 +1,6 @@
 """p(z | c): what the posterior is drawn to, and what is drawn from."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +21,10 @@ class Prior(Protocol):
         """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
         ...
 
+    def log_prob(self, latent: Tensor, condition: Tensor | None) -> Tensor:
+        """log p(z|c) in nats, (B,) fp64, of z (B, *latent_shape)."""
+        ...
+
 
 class StandardPrior(nn.Module):
     """N(0, I) (Kingma & Welling 2014); the text plays no part."""
@@ -31,6 +36,9 @@ class StandardPrior(nn.Module):
         """Kingma & Welling 2014, appendix B."""
         mean, log_variance = posterior
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+    def log_prob(self, latent: Tensor, condition: Tensor | None) -> Tensor:
+        return normal_log_prob(latent)
 
     def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
         return noise
@@ -63,10 +71,26 @@ class TextPrior(nn.Module):
         distance = (posterior.mean - prior.mean).square() * (-prior.log_variance).exp()
         return 0.5 * (distance + gap.exp() - 1 - gap)
 
+    def log_prob(self, latent: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        prior = self.forward(condition)
+        scaled = (latent - prior.mean) * (-0.5 * prior.log_variance).exp()
+        return normal_log_prob(scaled) - 0.5 * prior.log_variance.flatten(1).sum(
+            1, dtype=torch.float64
+        )
+
     def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
         prior = self.forward(condition)
         return prior.mean + (0.5 * prior.log_variance).exp() * noise
+
+
+def normal_log_prob(values: Tensor) -> Tensor:
+    """log N(x; 0, I) in nats, (B,) fp64, of x (B, …)."""
+    flat = values.flatten(1)
+    return -0.5 * (
+        flat.square().sum(1, dtype=torch.float64) + flat.shape[1] * math.log(2 * math.pi)
+    )
 
 
 PRIORS: dict[str, type[StandardPrior] | type[TextPrior]] = {

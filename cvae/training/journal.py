@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # After a resume from an earlier checkpoint these are computed again; the first telling stays.
-_ONCE_PER_STEP = frozenset({"step", "epoch", "system", "picture"})
+_ONCE_PER_STEP = frozenset({"step", "epoch", "system", "picture", "evaluation"})
 _FSYNC_INTERVAL = 1.0  # seconds
 
 _log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Journal:
     def append(self, kind: str, **fields: Any) -> bool:
         """Writes one line and adds "time" (unix seconds). Returns whether it was written.
 
-        False: a step, epoch, system or picture line (a picture: with this key) of this step is
-        there already. Values of `metrics` may be anything that float() takes, also nan and
+        False: a step, epoch, system, picture or evaluation line (the last two: with this key) of this
+        step is there already. Values of `metrics` may be anything that float() takes, also nan and
         infinities; other fields must be plain JSON values (TypeError or ValueError otherwise).
 
         Raises OSError, for example on a full disk; the file then still ends with a whole line.

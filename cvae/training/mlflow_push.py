@@ -273,7 +273,7 @@ class Pusher:
 
 
 def _points(record: dict[str, Any] | None) -> list[Metric]:
-    if record is None or record["kind"] not in ("step", "epoch", "system"):
+    if record is None or "metrics" not in record:
         return []
     time, step = _milliseconds(record["time"]), record["step"]
     return [Metric(name, value, time, step) for name, value in record["metrics"].items()]

@@ -1,14 +1,9 @@
 """The training loop: what every rank of a run does, from its experiment.yaml to its last checkpoint."""
 
-import fcntl
-import os
 import signal
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,15 +19,13 @@ from cvae.models.published import load_published
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, preflight
 from cvae.training.engine import build_engine
+from cvae.training.lock import exclusively
 from cvae.training.meter import Meter
 from cvae.training.provenance import facts
 from cvae.training.ranks import Ranks, connect
 from cvae.training.record import Record, open_record
 from cvae.training.schedule import kl_weight, learning_rate
 from cvae.training.watchdog import Watchdog, watched
-
-# A try that was ended from outside may need so long to be gone.
-_LOCK_PATIENCE_S = 90.0
 
 
 class Outcome(NamedTuple):
@@ -69,7 +62,7 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
     with (
         connect() as ranks,
         watched(ranks) as watchdog,
-        _exclusively(run, ranks),
+        exclusively(run, ranks),
         open_record(run, ranks, mirrored) as record,
     ):
         try:
@@ -215,31 +208,3 @@ def _not_finite(run: RunDirectory, step: int) -> str:
         f"the loss or its gradient is not finite at step {step}; {kept};"
         " try a lower optimizer.lr, optimizer.warmup_steps or optimizer.clip_norm"
     )
-
-
-@contextmanager
-def _exclusively(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
-    """Holds the run's lock on rank 0; raises UserError on all ranks where another process holds it.
-
-    A job that is tried again waits a while: an earlier try of it may still be dying.
-    """
-    patience_s = _LOCK_PATIENCE_S if "CVAE_RESTARTED" in os.environ else 0.0
-    with open(run.path / "train.lock", "a") as lock:
-        free = not ranks.is_first or _locked(lock, patience_s)
-        if not ranks.tell(free):
-            error = RuntimeError if patience_s else UserError
-            raise error(f"{run.name} is being trained by another process already")
-        yield
-
-
-def _locked(lock: TextIO, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.5)
-        else:
-            return True

@@ -11,7 +11,7 @@ from cvae.run_directory import RunDirectory
 from cvae.training import mlflow_mirror
 from cvae.training.aftermath import note_bad_end
 from cvae.training.journal import Journal
-from cvae.training.train import _locked
+from cvae.training.lock import wait_for_lock
 from tests.conftest import tiny_experiment
 from tests.ranks import lines
 
@@ -67,6 +67,6 @@ def test_a_rank_that_lives_on_out_of_reach_is_the_only_writer(run: RunDirectory)
 def test_the_next_try_waits_for_the_last_one_to_be_gone(run: RunDirectory) -> None:
     with open(run.path / "train.lock", "a") as dying, open(run.path / "train.lock", "a") as ours:
         fcntl.flock(dying, fcntl.LOCK_EX)
-        assert not _locked(ours, 0.0)
+        assert not wait_for_lock(ours, 0.0)
         threading.Timer(0.7, lambda: fcntl.flock(dying, fcntl.LOCK_UN)).start()
-        assert _locked(ours, 30.0)
+        assert wait_for_lock(ours, 30.0)

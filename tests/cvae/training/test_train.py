@@ -173,7 +173,7 @@ def test_a_second_trainer_is_refused(tiny_store: Path) -> None:
     ranks.wait_for_step(run, 3)
     written = len(ranks.lines(run, "start"))
     said = ranks.train(run, 1)[0]
-    assert "is being trained by another process already" in said
+    assert "is being trained or evaluated by another process already" in said
     assert len(ranks.lines(run, "start")) == written
     assert not ranks.lines(run, "end")
     for process in first:

@@ -1,0 +1,78 @@
+"""The groups of metrics that a run can be evaluated by, and which of them fit it. Imports no torch."""
+
+from dataclasses import dataclass
+
+from cvae.config import Experiment
+from cvae.errors import UserError
+from cvae.yaml_model import nearest
+
+WHAT_THEY_ARE = {
+    "elbo": "−ELBO and its parts, text gain",
+    "iwae": "the importance-weighted bound on −log p(x|c)",
+    "active_units": "latent dimensions in use",
+    "reconstruction": "PSNR and SSIM; pictures of the worst and best",
+    "frechet": "Fréchet distances in random features, of reconstructions and of samples",
+    "fid": "the same in Inception's features; needs --inception FILE",
+    "classifier": "whether samples show the class they were drawn for",
+    "probe": "how well a linear classifier reads the class from μ",
+    "captions": "whether drawings find their own caption's scene",
+}
+UNITS = {
+    "loss": "nats per image",
+    "recon_loss": "nats per image",
+    "kl": "nats per image",
+    "iwae": "nats per image",
+    "text_gain": "nats per image",
+    "psnr": "dB",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What evaluate_runs is asked for, as plain data."""
+
+    runs: list[str]
+    """Their folders."""
+    split: str
+    """val | train"""
+    groups: list[str]
+    iwae_samples: int
+    inception: str | None
+
+    def key(self, group: str) -> str:
+        """Under which the journal has a group's metrics, once a checkpoint."""
+        return f"{self.split}/{group}" + (f"-{self.iwae_samples}" if group == "iwae" else "")
+
+
+def prefix(split: str) -> str:
+    """Before the metrics' names."""
+    return "eval" if split == "val" else f"eval_{split}"
+
+
+def fitting(
+    experiment: Experiment, labelled: bool, wanted: list[str] | None, inception: str | None
+) -> list[str]:
+    """The wanted groups in their order, or all that fit a run.
+
+    labelled: whether its data have classes. Raises UserError where a wanted one is unknown or does not fit.
+    """
+    condition = experiment.model.condition
+    unfit = {
+        "fid": None if inception else "needs --inception FILE, a TorchScript Inception network",
+        "classifier": None if condition == "label" else "is for models that are told a class",
+        "probe": None if labelled else f"needs labels, which {experiment.data.name} has not",
+        "captions": None if condition == "text" else "is for models that are told a caption",
+    }
+    if wanted is None:
+        return [name for name in WHAT_THEY_ARE if unfit.get(name) is None]
+    for name in wanted:
+        if name not in WHAT_THEY_ARE:
+            near = nearest(name, list(WHAT_THEY_ARE))
+            raise UserError(f"--metrics {name}: there is no such group{near}; {_all()}")
+        if unfit.get(name) is not None:
+            raise UserError(f"--metrics {name}: {unfit[name]} (model.condition = {condition!r})")
+    return [name for name in WHAT_THEY_ARE if name in wanted]
+
+
+def _all() -> str:
+    return f"they are {', '.join(WHAT_THEY_ARE)}"

@@ -1,0 +1,179 @@
+"""Evaluates runs by groups of metrics; called once in every rank's process."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvae import pictures
+from cvae.errors import UserError
+from cvae.evaluation.caption_match import caption_match
+from cvae.evaluation.classifier import reference_classifier
+from cvae.evaluation.elbo import evaluate_elbo
+from cvae.evaluation.frechet import Inception, RandomFeatures, evaluate_frechet
+from cvae.evaluation.groups import Request, prefix
+from cvae.evaluation.iwae import evaluate_iwae
+from cvae.evaluation.latents import active_units, probe
+from cvae.evaluation.reconstruction import evaluate_reconstruction
+from cvae.evaluation.subject import Subject
+from cvae.inference import sample
+from cvae.paths import write_atomically
+from cvae.run_directory import RunDirectory
+from cvae.sampling import Trained, load_run
+from cvae.training import journal
+from cvae.training.journal import Journal
+from cvae.training.lock import exclusively
+from cvae.training.preflight import everywhere
+from cvae.training.ranks import Ranks, connect
+
+_SAMPLES_PER_CLASS = 200
+_TOLD_EVERY_S = 1.0
+
+
+def evaluate_runs(request: Mapping[str, Any], progress_file: Path) -> None:
+    """Measures what Request asks for and writes it to the runs' journals, once for a checkpoint.
+
+    The ranks find each other by torch's environment variables. progress_file: where rank 0 tells how far it is.
+    Raises UserError where a run has no checkpoint, is being trained, or was trained on other data.
+    """
+    asked = Request(**request)
+    with connect() as ranks:
+        for path in asked.runs:
+            run = RunDirectory(Path(path))
+            with exclusively(run, ranks):
+                _evaluate(run, asked, ranks, progress_file)
+
+
+def _evaluate(run: RunDirectory, asked: Request, ranks: Ranks, progress_file: Path) -> None:
+    trained: Trained = everywhere(ranks, lambda: load_run(run, ranks.device))
+    lines = journal.read(run.journal_file)[0]
+    _check_data(trained, lines)
+    split = trained.data.val if asked.split == "val" else trained.data.train
+    known = {line["key"] for line in lines if _is_of(line, trained.step)}
+    writer = Journal(run.journal_file) if ranks.is_first else None
+    try:
+        for group in asked.groups:
+            key = asked.key(group)
+            if key in known:
+                continue
+            tell = _Told(progress_file, f"{run.name}: {group}", -(-len(split) // ranks.world_size))
+            subject = Subject(trained, split, ranks, tell if ranks.is_first else _silent)
+            began = time.monotonic()
+            found = _GROUPS[group](subject, asked, writer)
+            told = {f"{prefix(asked.split)}/{name}": value for name, value in found.items()}
+            if writer is not None:
+                writer.append(
+                    "evaluation",
+                    step=trained.step,
+                    key=key,
+                    split=asked.split,
+                    metrics=told,
+                    seconds=round(time.monotonic() - began, 2),
+                    world_size=ranks.world_size,
+                )
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _is_of(line: dict[str, Any], step: int) -> bool:
+    return bool(line["kind"] == "evaluation" and line["step"] == step)
+
+
+def _check_data(trained: Trained, lines: list[dict[str, Any]]) -> None:
+    starts = [line for line in lines if line["kind"] == "start"]
+    before = starts[-1].get("data_digest") if starts else None
+    if before not in (None, trained.data_digest):
+        raise UserError(
+            f"{trained.name} was trained on other data than {trained.data.store.path} holds now (digest"
+            f" {str(before)[:12]}, now {trained.data_digest[:12]}): it would be judged by the wrong ones"
+        )
+
+
+def _elbo(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+    trained = subject.trained
+    return evaluate_elbo(
+        subject.model, trained.data, subject.split, trained.experiment, subject.ranks
+    )
+
+
+def _reconstruction(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+    found = evaluate_reconstruction(subject)
+    if writer is not None and found.extremes is not None and asked.split == "val":
+        run, step = subject.trained.run, subject.trained.step
+        assert run is not None
+        run.pictures.mkdir(exist_ok=True)
+        path = run.pictures / f"extremes-{step:08}.png"
+        pictures.write_png(found.extremes, path)
+        writer.append("picture", step=step, key="extremes", path=str(path.relative_to(run.path)))
+    return found.metrics
+
+
+def _fid(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+    assert asked.inception is not None
+    network = Inception(Path(asked.inception), subject.ranks.device)
+    return evaluate_frechet(subject, network, "fid")
+
+
+def _classifier(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+    """On rank 0 alone: two thousand samples."""
+    found: dict[str, float] = {}
+    if subject.ranks.is_first:
+        trained = subject.trained
+        judge = reference_classifier(trained.data, trained.device)
+        labels = np.repeat(np.arange(len(trained.classes)), _SAMPLES_PER_CLASS)
+        condition = np.eye(len(trained.classes), dtype=np.float32)[labels]
+        drawn = sample(trained.model, trained.noise(len(labels)), condition, _silent)
+        found = {
+            "sample_accuracy": judge.sample_accuracy(drawn, labels).overall,
+            "classifier_real_accuracy": judge.real_accuracy,
+        }
+    return subject.ranks.tell(found)
+
+
+def _captions(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+    """On rank 0 alone: some dozens of drawings."""
+    found: dict[str, float] = {}
+    if subject.ranks.is_first:
+        match = caption_match(subject.trained)
+        found = {"caption_match": match.share, "caption_match_chance": match.chance}
+    return subject.ranks.tell(found)
+
+
+_GROUPS: dict[str, Callable[[Subject, Request, Journal | None], dict[str, float]]] = {
+    "elbo": _elbo,
+    "iwae": lambda subject, asked, _: evaluate_iwae(subject, asked.iwae_samples),
+    "active_units": lambda subject, asked, _: active_units(subject),
+    "reconstruction": _reconstruction,
+    "frechet": lambda subject, asked, _: evaluate_frechet(subject, RandomFeatures(), "frechet_r64"),
+    "fid": _fid,
+    "classifier": _classifier,
+    "probe": lambda subject, asked, _: probe(subject),
+    "captions": _captions,
+}
+
+
+def _silent(images: int) -> None:
+    pass
+
+
+class _Told:
+    """Rank 0's images of a group, in a file that the command reads."""
+
+    def __init__(self, file: Path, what: str, total: int):
+        self.file, self.said = file, {"what": what, "total": total}
+        self.done = 0
+        self.when = 0.0
+        self(0)
+
+    def __call__(self, images: int) -> None:
+        self.done += images
+        if time.monotonic() - self.when > _TOLD_EVERY_S:
+            self.when = time.monotonic()
+            # A bar is not worth an evaluation.
+            with suppress(OSError):
+                write_atomically(self.file, json.dumps({**self.said, "done": self.done}))

@@ -1,0 +1,207 @@
+"""Evaluates trained runs: likelihoods, reconstructions, samples; on as many ranks as training has.
+
+    python workflows/evaluate.py RUN [RUN …] [--split val|train] [--metrics GROUP …] [--iwae-samples K]
+                                 [--inception FILE] [--nodes N --gpus G] [--cluster NAME]
+
+RUN is a run's name, its folder, or "latest". Each is measured at its best checkpoint. What is found goes to the
+run's journal and to MLflow, once a checkpoint: asked again, only what is missing is measured. Exit status: 0 done,
+1 failed, 2 bad input, 130 interrupted.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cvae.code_snapshot import Snapshot
+from cvae.data.building import progress_bar
+from cvae.data.store import open_store
+from cvae.errors import UserError
+from cvae.evaluation.groups import UNITS, WHAT_THEY_ARE, Request, fitting, prefix
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from slurm import cluster, executors, queue
+from slurm.cluster import Place, Placement
+from slurm.evidence import first_failure
+from slurm.executors import Job
+from slurm.queue import Submission
+from workflows import command_line
+from workflows.command_line import Parser, positive
+from workflows.submission import interrupts_wait, job_environment
+from workflows.text import aligned, shown, table
+
+EVALUATE = "cvae.evaluation.run:evaluate_runs"
+_POLL_S = {"slurm": 3.0, "local": 0.5}
+_PATIENCE_S = 5.0
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="evaluate.py", description="Evaluates trained runs at their best checkpoints."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names, folders, or latest")
+    parser.add_argument("--split", choices=["val", "train"], default="val")
+    groups = "; ".join(f"{name}: {what}" for name, what in WHAT_THEY_ARE.items())
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="GROUP", help=f"default: all that fit a run. {groups}"
+    )
+    parser.add_argument(
+        "--iwae-samples", type=positive, default=64, metavar="K", help="draws of z an image (64)"
+    )
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="TorchScript network, for fid"
+    )
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
+    parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
+    parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    asked = cluster.split(options.nodes, options.gpus or options.nodes)
+    if options.inception is not None and not options.inception.is_file():
+        raise UserError(f"--inception {options.inception}: no such file")
+    runs = [RunDirectory.open(name) for name in dict.fromkeys(options.runs)]
+    requests = _requests(runs, options)
+    from workflows.plan import locate  # torch: seconds
+
+    place, placement, facts = locate(asked, options.cluster, dry=False)
+    print(aligned([("evaluate", ", ".join(run.name for run in runs)), *facts]), flush=True)
+    status = 0
+    for request in requests:
+        status = max(status, _run(request, place, placement, asked.world_size))
+        if status:
+            return status
+    for run in runs:
+        _tell_mlflow(run)
+    print(_results(runs, options.split))
+    return status
+
+
+def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
+    """One for the runs that are asked for the same groups: they then share a job's start."""
+    inception = str(options.inception.resolve()) if options.inception else None
+    by_groups: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        experiment = run.experiment()
+        data = experiment.data
+        labelled = open_store(data.name, data.image_size).manifest.classes is not None
+        groups = fitting(experiment, labelled, options.metrics, inception)
+        if not any(run.checkpoints.glob("step-*")):
+            raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
+        by_groups.setdefault(tuple(groups), []).append(str(run.path))
+    return [
+        Request(paths, options.split, list(groups), options.iwae_samples, inception)
+        for groups, paths in by_groups.items()
+    ]
+
+
+def _run(request: Request, place: Place, placement: Placement, gpus: int) -> int:
+    """Evaluates in a job; the status of it. Where it fails its finished groups are kept."""
+    folder = RunDirectory(Path(request.runs[0])).logs / "evaluate"
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / "progress.json"
+    progress.unlink(missing_ok=True)
+    environment = job_environment(Snapshot().write())
+    job = Job("evaluate", folder, EVALUATE, (asdict(request), progress), environment)
+    with interrupts_wait():
+        submission = executors.submit(job, place, placement, gpus)
+    try:
+        word = _wait(submission, progress)
+    except BaseException:
+        print(f"\ncancelling {submission.where}; what was measured is kept", flush=True)
+        queue.end(submission, _PATIENCE_S, lambda _: None)
+        raise
+    failure = first_failure(folder, submission.job_id)
+    if word == "COMPLETED" or (failure is None and _is_measured(request)):
+        return 0
+    if failure is not None and failure.bad_input:
+        raise UserError(failure.how)
+    why = str(failure) if failure else f"it ended as {word}"
+    print(f"{submission.where} failed: {why}; log: {shown(failure.log if failure else folder)}")
+    return 1
+
+
+def _is_measured(request: Request) -> bool:
+    """Whether every run has all that was asked for, at one checkpoint."""
+    wanted = {request.key(group) for group in request.groups}
+    for path in request.runs:
+        found: dict[int, set[str]] = {}
+        for line in journal.read(RunDirectory(Path(path)).journal_file)[0]:
+            if line["kind"] == "evaluation":
+                found.setdefault(line["step"], set()).add(line["key"])
+        if not any(wanted <= keys for keys in found.values()):
+            return False
+    return True
+
+
+def _wait(submission: Submission, progress: Path) -> str:
+    """Shows rank 0's images until the job has ended; the queue's word for how."""
+    what, bar = "starts", progress_bar(0, "image", "starts")
+    try:
+        while True:
+            state = queue.look(submission)
+            said = json.loads(progress.read_text()) if progress.exists() else None
+            if said is not None and said["what"] != what:
+                bar.close()
+                what, bar = said["what"], progress_bar(said["total"], "image", said["what"])
+            if said is not None:
+                bar.update(said["done"] - bar.n)
+            if state.phase == "ended":
+                return state.word
+            time.sleep(_POLL_S[submission.executor])
+    finally:
+        bar.close()
+
+
+def _tell_mlflow(run: RunDirectory) -> None:
+    from cvae.training import mlflow_mirror
+
+    try:
+        mlflow_mirror.sync(run.path, lambda lines: None)
+    except UserError as error:
+        print(f"note: {error}; later: python workflows/runs.py sync {run.name}")
+
+
+def _results(runs: list[RunDirectory], split: str) -> str:
+    """A line a metric, a column a run."""
+    start = f"{prefix(split)}/"
+    found: list[dict[str, float]] = []
+    for run in runs:
+        lines = journal.read(run.journal_file)[0]
+        metrics: dict[str, float] = {}
+        for line in sorted(
+            (x for x in lines if x["kind"] == "evaluation"), key=lambda x: x["step"]
+        ):
+            metrics |= {k: v for k, v in line["metrics"].items() if k.startswith(start)}
+        found.append(metrics)
+    names = list(dict.fromkeys(name for metrics in found for name in metrics))
+    rows = [
+        [name, *(_value(metrics, name) for metrics in found), _unit(name)]
+        for name in names
+        if not name.endswith("_se")
+    ]
+    header = ["metric", *(run.name for run in runs), "unit"]
+    return table(header, rows, right=[run.name for run in runs])
+
+
+def _value(metrics: dict[str, float], name: str) -> str:
+    value, error = metrics.get(name), metrics.get(f"{name}_se")
+    if value is None:
+        return "–"
+    text = f"{value:.5g}" if math.isfinite(value) else str(value)
+    return text if error is None else f"{text} ± {error:.2g}"
+
+
+def _unit(name: str) -> str:
+    short = name.partition("/")[2]
+    if short.endswith("bits_per_dim"):
+        return "bits per dimension"
+    return UNITS.get("iwae" if short.startswith("iwae") else short, "")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
