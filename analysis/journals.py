@@ -54,7 +54,13 @@ def facts(run: RunDirectory) -> dict[str, Any]:
     # Thousands of points stay unread: only the last of them counts here.
     marks = [n for n, line in enumerate(lines) if not any(kind in line for kind in _POINTS)]
     told = [(n, line) for n in marks if (line := _decoded(lines[n])) is not None]
-    return row | _course(lines, told) | _measured(told)
+    row |= _course(lines, told) | _measured(told)
+    epochs = [line for _, line in told if line["kind"] == "epoch" and line["epoch"] > 0]
+    if epochs and "training.global_batch_size" in row:
+        # By definition of the epoch that is written with a step.
+        seen = epochs[-1]["step"] * row["training.global_batch_size"]
+        row["train_images"] = round(seen / epochs[-1]["epoch"])
+    return row
 
 
 def config(file: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ _COLUMNS = {
     "experiment": None, "status": None, "reason": None, "path": None, "source": None, "created": pd.NaT,
     "seconds": float("nan"), "world_size": None, "hosts": None, "device": None, "gpu_hours": float("nan"),
     "rank_hours": float("nan"), "seconds_per_epoch": float("nan"), "step": None, "best_step": None,
-    "epoch": float("nan"), "seed": None, "commit": None, "uncommitted_changes": None, "packages": None,
+    "epoch": float("nan"),
+    "train_images": None, "seed": None, "commit": None, "uncommitted_changes": None, "packages": None,
     "data_name": None, "data_digest": None, "command": None, "sweep": None, "trial": None, "mlflow_id": None,
 }  # fmt: skip
 
@@ -42,10 +43,10 @@ def runs(
     """A row a run, by its name; all of an experiment, the trials of a sweep, or the named ones ("latest" too).
 
     Columns: how it went (status: finished, failed, stopped or unfinished; reason, created, seconds of training,
-    world_size, hosts, device, gpu_hours, rank_hours, seconds_per_epoch, step, best_step, epoch); every key of
-    the experiment, as "model.latent_dim"; train/loss (last), val/* (at the best epoch), eval/* (by evaluate.py);
-    where it comes from (commit, packages, data_name, data_digest, command, sweep, trial, path, mlflow_id). Runs
-    that failed or go on are rows like all others.
+    world_size, hosts, device, gpu_hours, rank_hours, seconds_per_epoch, step, best_step, epoch, train_images);
+    every key of the experiment, as "model.latent_dim"; train/loss (last), val/* (at the best epoch), eval/* (by
+    evaluate.py); where it comes from (commit, packages, data_name, data_digest, command, sweep, trial, path,
+    mlflow_id). Runs that failed or go on are rows like all others.
 
     source: "folders" reads $CVAE_HOME/runs, "mlflow" the tracking server; "auto" the folders, and from MLflow the
     runs whose folder is not here. Raises UserError, with the nearest name, where nothing is found.
