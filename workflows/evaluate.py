@@ -70,21 +70,18 @@ def main(arguments: list[str]) -> int:
 
     place, placement, facts = locate(asked, options.cluster, dry=False)
     print(aligned([("evaluate", ", ".join(run.name for run in runs)), *facts]), flush=True)
-    status = 0
-    for request in requests:
-        status = max(status, _run(request, place, placement, asked.world_size))
-        if status:
-            return status
+    status = _run(requests, place, placement, asked.world_size)
+    if status:
+        return status
     for run in runs:
         _tell_mlflow(run)
     print(_results(runs, options.split))
-    return status
+    return 0
 
 
 def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
-    """One for the runs that are asked for the same groups: they then share a job's start."""
     inception = str(options.inception.resolve()) if options.inception else None
-    by_groups: dict[tuple[str, ...], list[str]] = {}
+    requests = []
     for run in runs:
         experiment = run.experiment()
         data = experiment.data
@@ -92,21 +89,20 @@ def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
         groups = fitting(experiment, labelled, options.metrics, inception)
         if not any(run.checkpoints.glob("step-*")):
             raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
-        by_groups.setdefault(tuple(groups), []).append(str(run.path))
-    return [
-        Request(paths, options.split, list(groups), options.iwae_samples, inception)
-        for groups, paths in by_groups.items()
-    ]
+        asked = Request(str(run.path), options.split, groups, options.iwae_samples, inception)
+        requests.append(asked)
+    return requests
 
 
-def _run(request: Request, place: Place, placement: Placement, gpus: int) -> int:
-    """Evaluates in a job; the status of it. Where it fails its finished groups are kept."""
-    folder = RunDirectory(Path(request.runs[0])).logs / "evaluate"
+def _run(requests: list[Request], place: Place, placement: Placement, gpus: int) -> int:
+    """Evaluates all in one job; the status of it. Where it fails the finished groups are kept."""
+    folder = RunDirectory(Path(requests[0].run)).logs / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.json"
     progress.unlink(missing_ok=True)
     environment = job_environment(Snapshot().write())
-    job = Job("evaluate", folder, EVALUATE, (asdict(request), progress), environment)
+    arguments = ([asdict(request) for request in requests], progress)
+    job = Job("evaluate", folder, EVALUATE, arguments, environment)
     with interrupts_wait():
         submission = executors.submit(job, place, placement, gpus)
     try:
@@ -116,7 +112,7 @@ def _run(request: Request, place: Place, placement: Placement, gpus: int) -> int
         queue.end(submission, _PATIENCE_S, lambda _: None)
         raise
     failure = first_failure(folder, submission.job_id)
-    if word == "COMPLETED" or (failure is None and _is_measured(request)):
+    if word == "COMPLETED" or (failure is None and all(map(_is_measured, requests))):
         return 0
     if failure is not None and failure.bad_input:
         raise UserError(failure.how)
@@ -126,16 +122,13 @@ def _run(request: Request, place: Place, placement: Placement, gpus: int) -> int
 
 
 def _is_measured(request: Request) -> bool:
-    """Whether every run has all that was asked for, at one checkpoint."""
+    """Whether the run has all that was asked for, at one checkpoint."""
+    found: dict[int, set[str]] = {}
+    for line in journal.read(RunDirectory(Path(request.run)).journal_file)[0]:
+        if line["kind"] == "evaluation":
+            found.setdefault(line["step"], set()).add(line["key"])
     wanted = {request.key(group) for group in request.groups}
-    for path in request.runs:
-        found: dict[int, set[str]] = {}
-        for line in journal.read(RunDirectory(Path(path)).journal_file)[0]:
-            if line["kind"] == "evaluation":
-                found.setdefault(line["step"], set()).add(line["key"])
-        if not any(wanted <= keys for keys in found.values()):
-            return False
-    return True
+    return any(wanted <= keys for keys in found.values())
 
 
 def _wait(submission: Submission, progress: Path) -> str:

@@ -29,10 +29,10 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What evaluate_runs is asked for, as plain data."""
+    """What evaluate_runs is asked to find out about a run, as plain data."""
 
-    runs: list[str]
-    """Their folders."""
+    run: str
+    """Its folder."""
     split: str
     """val | train"""
     groups: list[str]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,15 @@ _SAMPLES_PER_CLASS = 200
 _TOLD_EVERY_S = 1.0
 
 
-def evaluate_runs(request: Mapping[str, Any], progress_file: Path) -> None:
-    """Measures what Request asks for and writes it to the runs' journals, once for a checkpoint.
+def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) -> None:
+    """Measures what each Request asks for and writes it to the run's journal, once for a checkpoint.
 
     The ranks find each other by torch's environment variables. progress_file: where rank 0 tells how far it is.
     Raises UserError where a run has no checkpoint, is being trained, or was trained on other data.
     """
-    asked = Request(**request)
     with connect() as ranks:
-        for path in asked.runs:
-            run = RunDirectory(Path(path))
+        for asked in (Request(**request) for request in requests):
+            run = RunDirectory(Path(asked.run))
             with exclusively(run, ranks):
                 _evaluate(run, asked, ranks, progress_file)
 

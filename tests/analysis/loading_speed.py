@@ -1,7 +1,7 @@
 """How fast many runs load: `python -m tests.analysis.loading_speed [RUNS] [STEPS]` (default 1000 × 10,000).
 
 Writes run folders whose journals have that many points, then the same points as MLflow's database, in a temporary
-home, and prints the seconds that analysis.runs() and analysis.curves() take: cold, from the cache, and from MLflow.
+home, and prints the seconds that analysis.runs() and analysis.curves() take: cold, from the cache, from MLflow.
 """
 
 import json

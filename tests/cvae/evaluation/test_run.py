@@ -1,0 +1,143 @@
+"""Whole evaluations of tiny runs, on real ranks."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cvae.config import Experiment
+from cvae.errors import UserError
+from cvae.evaluation.groups import WHAT_THEY_ARE, Request, fitting
+from cvae.evaluation.latents import active_units
+from cvae.evaluation.run import evaluate_runs
+from cvae.evaluation.subject import Subject
+from cvae.run_directory import RunDirectory
+from cvae.sampling import load_run
+from cvae.training.journal import Journal
+from cvae.training.ranks import Ranks
+from tests.conftest import tiny_experiment
+from tests.ranks import finish, lines, start_python
+from tests.trained import make_run, save_weights
+
+
+def request(run: RunDirectory, groups: list[str] | None = None, split: str = "val") -> Request:
+    labelled = run.experiment().data.name == "tiny"
+    groups = fitting(run.experiment(), labelled, groups, None)
+    return Request(str(run.path), split, groups, 5, None)
+
+
+def measured(run: RunDirectory) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for line in lines(run, "evaluation"):
+        found |= line["metrics"]
+    return found
+
+
+def evaluate_on(world_size: int, runs: list[RunDirectory], folder: Path) -> list[dict[str, float]]:
+    """All in the same processes: starting them takes longer than evaluating."""
+    asked = json.dumps([asdict(request(run)) for run in runs])
+    code = (
+        "import json, sys; from pathlib import Path; from cvae.evaluation.run import evaluate_runs\n"
+        "evaluate_runs(json.loads(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    said = finish(start_python(["-c", code, asked, str(folder / "progress")], world_size))
+    assert all(lines(run, "evaluation") for run in runs), "\n".join(said)
+    return [measured(run) for run in runs]
+
+
+def test_one_two_and_three_ranks_find_one_number(
+    tiny_store: Path, tiny_captioned_store: Path, tmp_path: Path
+) -> None:
+    found = []
+    for world_size in (1, 2, 3):
+        runs = [make_run(f"{kind}-{world_size}", kind == "text") for kind in ("label", "text")]
+        found.append(evaluate_on(world_size, runs, tmp_path))
+    common = {"eval/loss", "eval/iwae_5", "eval/psnr", "eval/frechet_r64_samples"}
+    own = ({"eval/linear_probe", "eval/sample_accuracy"}, {"eval/text_gain", "eval/caption_match"})
+    for alone, names in zip(found[0], own, strict=True):
+        assert common | names <= set(alone)
+        assert all(math.isfinite(value) for value in alone.values())
+    for several in found[1:]:
+        for alone, together in zip(found[0], several, strict=True):
+            # A gain and Fréchet's distance are differences of larger numbers.
+            assert together == pytest.approx(alone, rel=2e-6, abs=1e-6)
+
+
+def test_a_checkpoint_is_measured_once(tiny_store: Path, tmp_path: Path) -> None:
+    run = make_run()
+    asked = [asdict(request(run, ["elbo", "reconstruction"]))]
+    evaluate_runs(asked, tmp_path / "progress")
+    before = run.journal_file.read_bytes()
+    evaluate_runs(asked, tmp_path / "progress")
+    assert run.journal_file.read_bytes() == before
+    evaluate_runs([asdict(request(run, ["elbo", "iwae"]))], tmp_path / "progress")
+    keys = [line["key"] for line in lines(run, "evaluation")]
+    assert keys == ["val/elbo", "val/reconstruction", "val/iwae-5"]
+    assert {line["step"] for line in lines(run, "evaluation")} == {7}
+    evaluate_runs([asdict(request(run, ["elbo"], split="train"))], tmp_path / "progress")
+    assert lines(run, "evaluation")[-1]["metrics"]["eval_train/loss"] > 0
+
+
+def test_extremes_are_the_worst_and_the_best(tiny_store: Path, tmp_path: Path) -> None:
+    run = make_run()
+    evaluate_runs([asdict(request(run, ["reconstruction"]))], tmp_path / "progress")
+    (line,) = lines(run, "picture")
+    assert (line["key"], line["path"]) == ("extremes", "pictures/extremes-00000007.png")
+    assert (run.path / line["path"]).stat().st_size > 1000
+
+
+def test_units_that_say_nothing_of_the_image_are_not_active(tiny_store: Path) -> None:
+    trained = load_run(make_run(), torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    asked = Subject(trained, trained.data.train, ranks, lambda images: None)
+    encode = trained.model.encode
+
+    def with_two_active(images: torch.Tensor, condition: torch.Tensor | None):  # type: ignore[no-untyped-def]
+        moments = encode(images, condition)
+        mean = torch.zeros_like(moments.mean)
+        # What varies, what is large and the same for all, and what varies too little.
+        mean[:, 0], mean[:, 1] = images.mean((1, 2, 3)) * 100, 5.0
+        mean[:, 2], mean[:, 3] = images[:, 0, 9, 4] * 9, images[:, 0, 9, 4] * 0.1
+        return moments._replace(mean=mean)
+
+    trained.model.encode = with_two_active  # type: ignore[method-assign]
+    assert active_units(asked) == {"active_units": 2.0}
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    labelled = Experiment.model_validate(tiny_experiment())
+    captioned = Experiment.model_validate(tiny_experiment(captioned=True))
+    assert set(WHAT_THEY_ARE) - set(fitting(labelled, True, None, None)) == {"fid", "captions"}
+    assert "captions" in fitting(captioned, False, None, None)
+    assert fitting(labelled, True, ["iwae", "elbo"], None) == ["elbo", "iwae"]
+    for experiment, group, message in (
+        (labelled, "iwea", "no such group.*iwae"),
+        (labelled, "fid", "needs --inception FILE"),
+        (labelled, "captions", "told a caption"),
+        (captioned, "probe", "needs labels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fitting(experiment, experiment is labelled, [group], None)
+
+
+def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: Path) -> None:
+    run = make_run()
+    journal = Journal(run.journal_file)
+    journal.append("start", step=0, data_digest="0" * 64)
+    journal.close()
+    with pytest.raises(UserError, match="was trained on other data"):
+        evaluate_runs([asdict(request(run, ["elbo"]))], tmp_path / "progress")
+
+
+def test_numbers_that_are_none_are_told_as_such(tiny_store: Path, tmp_path: Path) -> None:
+    run = make_run()
+    trained = load_run(run, torch.device("cpu"))
+    weights = {name: tensor * np.nan for name, tensor in trained.model.state_dict().items()}
+    save_weights(run, weights, step=9)
+    evaluate_runs([asdict(request(run, ["elbo", "iwae"]))], tmp_path / "progress")
+    assert math.isnan(measured(run)["eval/loss"])
+    assert math.isnan(measured(run)["eval/iwae_5"])
