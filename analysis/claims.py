@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.intervals import Interval, changed_keys, compare, interval, paired_difference, usable
+from analysis.material import MEANING
 
 _SWEEP = "python workflows/sweep.py configs/sweeps"
 _COLUMNS = (
     "claim", "where", "verdict", "metric", "effect", "low", "high", "seeds", "setting", "why",
 )  # fmt: skip
-# Losses of runs that differ in these do not compare.
-_MEANING = ("model.likelihood", "model.beta", "data.name", "data.image_size", "data.val")
 
 
 class Found(NamedTuple):
@@ -113,7 +112,7 @@ def _between(runs: pd.DataFrame, key: str, first: str, second: str, metric: str)
     """second − first of a key, over the seeds of the mean over all settings that both have."""
     runs = usable(_of(runs, **{key.replace(".", "_", 1): [first, second]}), metric)
     best: Found | None = None
-    for _, alike in runs.groupby([key for key in _MEANING if key in runs], dropna=False):
+    for _, alike in runs.groupby([key for key in MEANING if key in runs], dropna=False):
         rows = compare(alike, key, metric)
         if rows.empty:
             continue
@@ -164,7 +163,7 @@ def _small_ldm(runs: pd.DataFrame) -> Found | None:
     conv = _of(text, model_backbone="conv", data_fraction=0.3)
     pairs = pd.DataFrame({"ldm": _by_seed(ldm), "conv": _by_seed(conv)}).dropna()
     both = pd.concat([ldm, conv])
-    if pairs.empty or any(both[key].nunique() > 1 for key in _MEANING):
+    if pairs.empty or any(both[key].nunique() > 1 for key in MEANING):
         return None
     effect = paired_difference(pairs["conv"], pairs["ldm"])
     return Found(

@@ -149,10 +149,12 @@ def drawing(figure: "Figure", title: str, text: str = "") -> Part:
 
 
 def picture(image: "Image.Image | Figure", title: str, text: str = "") -> Part:
-    png = png_bytes(image)
-    with Image.open(io.BytesIO(png)) as read:
+    """A picture as WebP, a fifth of the PNG: dozens of grids of photos must open fast."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png_bytes(image))) as read:
         width, height = read.size
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
+        read.convert("RGB").save(buffer, format="WEBP", quality=85, method=4)
+    source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Part("image", title, text, source=source, alt=title, width=width, height=height)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import curves, runs
+from analysis.material import Material
 from analysis.page import png_bytes, render, svg_text
-from analysis.sections import MADE_BY, Material, sections, summary
+from analysis.sections import MADE_BY, sections, summary
 from analysis.showcase import MOST_RUNS, Picture, opened, pictures
 from cvae.errors import UserError
 from cvae.paths import whole_folder

@@ -2,8 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,8 +9,9 @@ import pandas as pd
 
 from analysis import figures
 from analysis.claims import judge
-from analysis.intervals import changed_keys, compare, importance
+from analysis.intervals import compare, importance
 from analysis.intervals import summary as mean_and_se
+from analysis.material import MEANING, METRIC, Material
 from analysis.page import Direction, Measure, Part, Section, drawing, picture, shown, table
 from analysis.showcase import Picture
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MADE_BY = "Made by analysis/report.py of cvae-workflow."
-METRIC = "val/loss"
-"""What runs are ranked by: −ELBO of the evaluated split at a run's best epoch, in nats per image."""
-
 # Which end is good. A metric that is not here has none: KL alone is neither good nor bad.
 _BETTER: "dict[str, Direction]" = {
     "loss": "min",
@@ -36,85 +32,11 @@ _BETTER: "dict[str, Direction]" = {
     "sample_accuracy": "max",
     "caption_match": "max",
 }
-_OF_THE_ELBO = ("loss", "recon_loss", "kl", "bits_per_dim", "text_gain", "text_gain_se")
-# Runs that differ in these have losses of different meaning.
-_MEANING = ("model.likelihood", "model.beta", "data.name", "data.image_size", "data.val")
 _MOST_CHANGED_VALUES = 8
-
-
-@dataclass
-class Material:
-    """What a report is made of: the tables of analysis.runs and analysis.curves, and notes for the reader."""
-
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    notes: list[str] = field(default_factory=list)
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """The configuration's keys that differ among the runs, without the seed."""
-        return [key for key in changed_keys(self.runs) if key != "seed"]
-
-    @cached_property
-    def groups(self) -> pd.Series:
-        """By run: the values that its group has in common, as "fusion=add, backbone=conv"."""
-        short = {key: key.rpartition(".")[2] for key in self.keys}
-        twice = {name for name in short.values() if list(short.values()).count(name) > 1}
-        names = {key: key if name in twice else name for key, name in short.items()}
-        labels = [
-            ", ".join(f"{names[key]}={shown(row[key])}" for key in self.keys) or "all runs"
-            for _, row in self.runs.iterrows()
-        ]
-        return pd.Series(labels, index=self.runs.index)
-
-    @cached_property
-    def metrics(self) -> list[str]:
-        """Those that at least one run has, without what evaluate.py and the training both measured."""
-        found = [name for name in self.runs if str(name).startswith(("val/", "eval/", "eval_"))]
-        there = [str(name) for name in found if self.runs[name].notna().any()]
-        first = [f"val/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there]
-        twice = {f"eval/{name.partition('/')[2]}" for name in first}
-        return first + [name for name in there if name not in twice and name not in first]
-
-    @cached_property
-    def out_of_the_means(self) -> pd.Series:
-        """By run: why it is in no mean and in no comparison; runs that are in are not listed."""
-        reasons = {}
-        for name, row in self.runs.iterrows():
-            if row["status"] != "finished":
-                reasons[name] = f"{row['status']}: {shown(row['reason'])}".removesuffix(": –")
-            elif METRIC not in row or pd.isna(row[METRIC]):
-                reasons[name] = f"has no {METRIC}, or it is not a number"
-            elif not np.isfinite(row[METRIC]):
-                reasons[name] = f"its {METRIC} is infinite"
-        return pd.Series(reasons, dtype=object)
-
-    @property
-    def whole(self) -> pd.DataFrame:
-        """The runs that are in."""
-        return self.runs.drop(index=self.out_of_the_means.index)
-
-    @property
-    def differ_in_meaning(self) -> list[str]:
-        there = [key for key in _MEANING if key in self.runs]
-        return [key for key in there if self.runs[key].nunique() > 1]
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What each run is called in a picture: its values of the keys that differ, else its name."""
-        rows = self.runs.iterrows()
-        return {
-            str(name): ", ".join(shown(row[key]) for key in self.keys) or str(name)
-            for name, row in rows
-        }
-
-    def showcase(self, most: int) -> list[str]:
-        """Folders of the runs whose pictures are shown: the first of each group, the best groups first."""
-        if METRIC not in self.runs:
-            return []
-        here = self.whole[self.whole["path"].notna()].sort_values(METRIC)
-        firsts = here.assign(group=self.groups).groupby("group", sort=False)["path"].first()
-        return [str(path) for path in firsts[:most]]
+_ABLATION = [
+    *("metric", "setting", "first", "second", "verdict", "difference", "95 % interval", "seeds"),
+    *("first mean", "second mean"),
+]
 
 
 class Report(NamedTuple):
@@ -211,10 +133,13 @@ def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
         if frames:
             frame = pd.concat(frames, ignore_index=True)
             tables[f"ablation_{key}"] = frame
-            parts.append(table(_with_errors(frame), key, sortable=False))
+            pooled = frame["setting"].str.startswith("mean over") | (frame["setting"] == "")
+            told = _with_errors(frame[(frame["metric"] == METRIC) | pooled])
+            parts.append(table(_with_interval(told, "difference")[_ABLATION], key, sortable=False))
     text = (
         "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
-        " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided."
+        " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided. Of metrics"
+        f" other than {METRIC} only the mean over settings is shown; DIR/tables has all."
     )
     return Section("ablations", "What each key does", parts, text if parts else "")
 
@@ -224,14 +149,14 @@ def _compared(material: Material, key: str) -> list[str]:
     ended = [name for name in material.metrics if _end(name) is not None or name.endswith("_probe")]
     # Bits per dimension are the same nats once more.
     metrics = [name for name in ended if not name.endswith("bits_per_dim")]
-    return [name for name in metrics if not (key in _MEANING and "loss" in name)]
+    return [name for name in metrics if not (key in MEANING and "loss" in name)]
 
 
 def _curves(material: Material, made: "dict[str, Figure]") -> Section:
     parts = []
     drawn = {
-        "learning_curves": figures.learning_curves(material.curves, material.groups),
-        "elbo_parts": figures.elbo_parts(material.whole, material.groups),
+        "learning_curves": figures.learning_curves(material.curves, material.ranked),
+        "elbo_parts": figures.elbo_parts(material.whole, material.ranked),
     }
     titles = {
         "learning_curves": (
@@ -242,7 +167,7 @@ def _curves(material: Material, made: "dict[str, Figure]") -> Section:
     }
     n_groups = material.groups.nunique()
     if n_groups > figures.MOST_GROUPS:
-        more = f" The first {figures.MOST_GROUPS} of {n_groups} groups."
+        more = f" The best {figures.MOST_GROUPS} of {n_groups} groups."
         titles = {name: (title, text + more) for name, (title, text) in titles.items()}
     for name, figure in drawn.items():
         if figure is not None:
@@ -271,10 +196,9 @@ def _claims(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     frame = judge(material.runs)
     tables["claims"] = frame
     text = "Each claim of the paper, put to the test by the runs of this report alone."
-    long = ("claim", "setting", "why", "where")
-    return Section(
-        "claims", "The paper's claims", [table(_missing(frame), long=long, sortable=False)], text
-    )
+    long = ("claim", "setting", "why")
+    told = _with_interval(_missing(frame), "effect")
+    return Section("claims", "The paper's claims", [table(told, long=long, sortable=False)], text)
 
 
 def _left_out(material: Material) -> Section:
@@ -340,18 +264,33 @@ def _end(metric: str) -> "Direction | None":
     return exact or next(starts, None)
 
 
+def _with_interval(frame: pd.DataFrame, effect: str) -> pd.DataFrame:
+    """low and high as one column behind the effect that they are of."""
+    bounds = [
+        "" if low is None or high is None else f"{shown(low)} to {shown(high)}"
+        for low, high in zip(frame["low"], frame["high"], strict=True)
+    ]
+    told = frame.drop(columns=["low", "high"])
+    told.insert(told.columns.get_loc(effect) + 1, "95 % interval", bounds)
+    return told
+
+
 def _with_errors(frame: pd.DataFrame) -> pd.DataFrame:
     """Each mean together with the standard error that stands behind it, as one column."""
     errors = {name: f"{str(name).removesuffix(' mean')} se" for name in frame}
-    shown = {
-        str(name): [
-            Measure(mean, error) if isinstance(mean, float) else mean
-            for mean, error in zip(frame[name], frame[se], strict=True)
-        ]
+    measured = {
+        str(name): pd.Series(
+            [
+                Measure(mean, error) if isinstance(mean, float) else mean
+                for mean, error in zip(frame[name], frame[se], strict=True)
+            ],
+            index=frame.index,
+            dtype=object,
+        )
         for name, se in errors.items()
         if se in frame
     }
-    whole = frame.astype(object).assign(**shown)
+    whole = frame.astype(object).assign(**measured)
     return _missing(whole.drop(columns=[se for se in errors.values() if se in frame]))
 
 

@@ -67,7 +67,7 @@ def test_a_report_is_whole_and_needs_nothing_beside_it(
     page = make(out, "--experiment", "tiny")
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert "url(http" not in page
-    assert page.count("<img") == page.count("data:image/png;base64,") / 2 == 2
+    assert page.count("<img") == page.count("data:image/webp;base64,") / 2 == 2
     assert "<svg" in page
     assert "Lowest val/loss: 100.10 nats per image, cvae (condition=text)." in page
     for name in ("learning_curves", "elbo_parts"):
