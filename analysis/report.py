@@ -19,11 +19,11 @@ from analysis.material import Material
 from analysis.page import png_bytes, render, svg_text
 from analysis.sections import MADE_BY, sections, summary
 from analysis.showcase import MOST_RUNS, Picture, opened, pictures
+from cvae import command_line
+from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.paths import whole_folder
 from cvae.run_directory import RunDirectory
-from workflows import command_line
-from workflows.command_line import Parser
 
 _CURVES = ["train/loss", "val/loss"]
 

@@ -15,7 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cvae import command_line
 from cvae.code_snapshot import Snapshot
+from cvae.command_line import Parser, positive
 from cvae.data.building import progress_bar
 from cvae.data.store import open_store
 from cvae.errors import UserError
@@ -27,8 +29,6 @@ from slurm.cluster import Place, Placement
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
-from workflows import command_line
-from workflows.command_line import Parser, positive
 from workflows.submission import interrupts_wait, job_environment
 from workflows.text import aligned, shown, table
 

@@ -12,11 +12,12 @@ import sys
 import warnings
 from pathlib import Path
 
+from cvae import command_line
+from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.export_format import CONFIG, check_target
 from cvae.run_directory import RunDirectory
-from workflows import command_line, text
-from workflows.command_line import Parser
+from workflows import text
 
 _UNITS = ("B", "kB", "MB", "GB")
 

@@ -15,10 +15,11 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from cvae import command_line
+from cvae.command_line import Parser, positive
 from cvae.errors import UserError
 from cvae.export_format import locate
-from workflows import command_line, text
-from workflows.command_line import Parser, positive
+from workflows import text
 
 _MOST = 100
 

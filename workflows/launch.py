@@ -9,12 +9,11 @@ the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ct
 
 from pathlib import Path
 
-from cvae import paths
+from cvae import command_line, paths
+from cvae.command_line import Parser, positive
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
 from slurm import cluster
-from workflows import command_line
-from workflows.command_line import Parser, positive
 from workflows.follow import follow
 from workflows.plan import default_experiment, plan_launch
 from workflows.submission import submit_new

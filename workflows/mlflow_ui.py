@@ -6,9 +6,8 @@ import socket
 import sys
 from typing import NoReturn
 
-from cvae import paths
+from cvae import command_line, paths
 from cvae.errors import UserError
-from workflows import command_line
 
 PORT = 5000
 

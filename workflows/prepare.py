@@ -10,6 +10,7 @@ import re
 import time
 from pathlib import Path
 
+from cvae.command_line import Parser, positive, run
 from cvae.data.building import Prepared
 from cvae.data.coco import prepare_coco
 from cvae.data.coco_download import download_coco
@@ -20,7 +21,6 @@ from cvae.data.text import MINILM
 from cvae.errors import UserError
 from slurm import cluster
 from workflows import prepare_job
-from workflows.command_line import Parser, positive, run
 from workflows.text import duration, shown
 
 _MOST_REASONS = 5

@@ -7,13 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cvae import command_line
+from cvae.command_line import Parser, positive
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory, all_runs
 from cvae.training import mlflow_mirror
 from slurm import cluster, queue
 from slurm.files import log_file
-from workflows import command_line
-from workflows.command_line import Parser, positive
 from workflows.follow import follow
 from workflows.grace import grace_fact, measured_save_s
 from workflows.plan import locate

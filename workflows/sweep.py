@@ -17,14 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cvae import paths
+from cvae import command_line, paths
+from cvae.command_line import Parser, positive
 from cvae.config import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.run_directory import check_new_name, free_name
 from slurm import cluster, queue, tries
-from workflows import command_line
-from workflows.command_line import Parser, positive
 from workflows.sweeps.config import load_sweep
 from workflows.sweeps.directory import SweepDirectory
 from workflows.text import aligned, shown
