@@ -192,6 +192,8 @@ def ending(sweep: SweepDirectory, trials: list[Trial], job: JobState) -> str:
     if best is not None:
         facts.append(("best", f"{best.run}, {settings.metric} {best.best:.2f}"))
         facts.append(("in full", full_command(sweep, best)))
+        report = f"python analysis/report.py --sweep {sweep.name} --out reports/{sweep.name}"
+        facts.append(("report", report))
     if not is_finished(sweep):
         told_tries = tries.read(sweep.logs, sweep.submissions()[-1].job_id)
         if told_tries and told_tries[-1].why:
