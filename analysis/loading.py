@@ -1,10 +1,9 @@
 """Runs and their curves as DataFrames, from run folders and from MLflow."""
 
-import difflib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +16,8 @@ import pyarrow.parquet as pq
 from analysis import journals, tracking
 from cvae import paths
 from cvae.data.building import progress_bar
-from cvae.errors import UserError
-from cvae.run_directory import RunDirectory, all_runs
+from cvae.errors import UserError, did_you_mean
+from cvae.run_directory import RunDirectory, all_runs, find_sweep
 
 Source = Literal["auto", "folders", "mlflow"]
 _CACHE, _FORMAT, _STAMP = ".analysis", "1", b"cvae.stamp"
@@ -177,17 +176,11 @@ def _folders(wanted: Sequence[str], experiment: str | None) -> list[RunDirectory
 
 def _trials(sweep: str) -> dict[str, dict[str, Any]]:
     """The trials of a sweep by the name of their (newest) run."""
-    there = {
-        file.parent.name: file.parent for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")
-    }
-    if sweep == "latest" and there:
-        sweep = max(there, key=lambda name: there[name].stat().st_mtime)
-    if sweep not in there:
-        raise UserError(f"{sweep}: no such sweep in {paths.sweeps_dir()}{_near(sweep, there)}")
-    file = there[sweep] / "trials.json"
+    folder = find_sweep(sweep)
+    file = folder / "trials.json"
     trials = json.loads(file.read_text()) if file.exists() else []
     if not trials:
-        raise UserError(f"{sweep}: none of its trials has begun")
+        raise UserError(f"{folder.name}: none of its trials has begun")
     return {trial["run"]: trial for trial in trials}
 
 
@@ -206,13 +199,8 @@ def _from_mlflow(
 def _nothing(experiment: str | None, sweep: str | None, wanted: Sequence[str]) -> str:
     if experiment is not None:
         known = {str(journals.config(run.experiment_file).get("experiment")) for run in all_runs()}
-        return f"{experiment}: no run of such an experiment in {paths.runs_dir()}{_near(experiment, known)}"
+        return f"{experiment}: no run of such an experiment in {paths.runs_dir()}{did_you_mean(experiment, known)}"
     if sweep is None and wanted:
-        near = _near(wanted[0], (run.name for run in all_runs()))
+        near = did_you_mean(wanted[0], (run.name for run in all_runs()))
         return f"{wanted[0]}: no such run in {paths.runs_dir()}{near}"
     return "which runs? name an experiment, a sweep or runs"
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""

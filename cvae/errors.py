@@ -1,5 +1,8 @@
 """The one exception that is meant for the person at the keyboard, and the others in words."""
 
+import difflib
+from collections.abc import Iterable
+
 # PyTorch's RuntimeErrors for the host's memory and for a GPU's.
 _WANT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
 
@@ -9,6 +12,12 @@ class UserError(Exception):
 
     Commands print it as ``error: …`` and exit with code 2; nothing has been written by then.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean a or b?" for a name that is not known; "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def in_words(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """A run's folder: the truth about it, from the resolved experiment to the last checkpoint."""
 
-import difflib
 import errno
 import json
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 from cvae import paths, yaml_model
 from cvae.config import Experiment, load_experiment
-from cvae.errors import UserError
+from cvae.errors import UserError, did_you_mean
 
 LATEST = "latest"
 
@@ -69,9 +68,8 @@ class RunDirectory:
         run = cls(Path(name).resolve())
         if run.experiment_file.is_file():
             return run
-        near = difflib.get_close_matches(name, runs, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`runs.py list` shows the runs there are"
-        raise UserError(f"{name}: no such run in {paths.runs_dir()}; {hint}")
+        near = did_you_mean(name, runs) or "; `runs.py list` shows the runs there are"
+        raise UserError(f"{name}: no such run in {paths.runs_dir()}{near}")
 
     @property
     def created(self) -> float:
@@ -93,6 +91,20 @@ def all_runs() -> list[RunDirectory]:
     """Every run under home(), newest first."""
     runs = [RunDirectory(file.parent) for file in paths.runs_dir().glob("[!.]*/experiment.yaml")]
     return sorted(runs, key=lambda run: run.created, reverse=True)
+
+
+def find_sweep(name: str) -> Path:
+    """The folder of the sweep of that name, or of the newest for "latest".
+
+    Raises UserError where there is none, with the nearest name.
+    """
+    made = {file.parent.name: file for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")}
+    if name == LATEST and made:
+        return max(made.values(), key=lambda file: file.stat().st_mtime).parent
+    if name not in made:
+        near = did_you_mean(name, made)
+        raise UserError(f"{name}: no such sweep in {paths.sweeps_dir()}{near}")
+    return made[name].parent
 
 
 def check_new_name(name: str | None) -> None:

@@ -115,6 +115,8 @@ def _was_killed_at_limit(earlier: list[Try]) -> bool:
 
 def call_after(care: Care, end: Ending, restarts: bool) -> None:
     """Tells the job's own function of a bad end; what goes wrong in it changes nothing."""
+    if not care.after:
+        return
     module, _, name = care.after.partition(":")
     try:
         getattr(importlib.import_module(module), name)(care.argument, end.why, restarts)

@@ -52,9 +52,9 @@ class Care(NamedTuple):
 
     progress: str
     """A glob; the last name in order changes whenever the job has got further (its newest checkpoint)."""
-    after: str
+    after: str = ""
     """module:function, called as function(argument, how it ended, whether another try follows) at a bad end."""
-    argument: str
+    argument: str = ""
 
 
 @dataclass(frozen=True)

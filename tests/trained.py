@@ -1,6 +1,7 @@
 """Runs that look trained: real run directories with a checkpoint of fresh weights, over tiny stores."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cvae.data.text import load_encoder
 from cvae.models.cvae import build_model
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint
+from cvae.training.journal import Journal
 from tests.conftest import tiny_experiment
 
 
@@ -24,12 +26,20 @@ def make_run(
     if condition is not None:
         tree["model"]["condition"] = condition  # type: ignore[index]
     if captioned:
-        tree["data"]["text_encoder"] = encoder  # type: ignore[index]
+        tree["data"]["text_encoder"] = None if condition == "none" else encoder  # type: ignore[index]
     experiment = Experiment.model_validate(tree)
     run = RunDirectory.create(name, experiment)
     data = open_data(experiment)
     model = build_model(experiment.model, data.image_shape, data.condition_dim, seed=1)
     save_weights(run, model.state_dict(), step=7)
+    return run
+
+
+def make_run_on_other_data() -> RunDirectory:
+    """A run that was trained on other data than the tiny store has now."""
+    run = make_run()
+    with closing(Journal(run.journal_file)) as journal:
+        journal.append("start", step=0, data_digest="0" * 64)
     return run
 
 

@@ -24,17 +24,16 @@ from cvae.errors import UserError
 from cvae.evaluation.groups import UNITS, WHAT_THEY_ARE, Request, fitting, prefix
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
-from slurm import cluster, executors, queue
+from slurm import cluster, queue
 from slurm.cluster import Place, Placement
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
-from workflows.submission import interrupts_wait, job_environment
+from workflows.submission import job_environment, submitted
 from workflows.text import aligned, shown, table
 
 EVALUATE = "cvae.evaluation.run:evaluate_runs"
 _POLL_S = {"slurm": 3.0, "local": 0.5}
-_PATIENCE_S = 5.0
 
 
 def parser() -> Parser:
@@ -103,14 +102,8 @@ def _run(requests: list[Request], place: Place, placement: Placement, gpus: int)
     environment = job_environment(Snapshot().write())
     arguments = ([asdict(request) for request in requests], progress)
     job = Job("evaluate", folder, EVALUATE, arguments, environment)
-    with interrupts_wait():
-        submission = executors.submit(job, place, placement, gpus)
-    try:
+    with submitted(job, place, placement, gpus, kept="what was measured is kept") as submission:
         word = _wait(submission, progress)
-    except BaseException:
-        print(f"\ncancelling {submission.where}; what was measured is kept", flush=True)
-        queue.end(submission, _PATIENCE_S, lambda _: None)
-        raise
     failure = first_failure(folder, submission.job_id)
     if word == "COMPLETED" or (failure is None and all(map(_is_measured, requests))):
         return 0

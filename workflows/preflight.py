@@ -10,7 +10,7 @@ from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.training.preflight import EXPERIMENT_FILE, REPORT_FILE, Report
 from cvae.training.preflight_checks import Facts, size
-from slurm import executors, queue
+from slurm import queue
 from slurm.client import JobState
 from slurm.cluster import Placement
 from slurm.evidence import first_failure
@@ -18,7 +18,7 @@ from slurm.executors import Job
 from slurm.queue import Submission
 from workflows.display import Display
 from workflows.plan import locate
-from workflows.submission import interrupts_wait, job_environment
+from workflows.submission import job_environment, submitted
 from workflows.text import aligned, count, shown, table
 
 ALONE = "cvae.training.preflight:alone"
@@ -45,14 +45,8 @@ def preflight(asked: Placement, cluster_name: str | None, experiment: Experiment
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     job = Job("preflight", folder, ALONE, (folder,), job_environment(Snapshot().write()))
-    with interrupts_wait():
-        submission = executors.submit(job, place, placement, asked.world_size)
-    try:
+    with submitted(job, place, placement, asked.world_size) as submission:
         state = _wait(submission)
-    except BaseException:
-        print(f"\ncancelling {submission.where}", flush=True)
-        queue.end(submission, 0, lambda _: None)
-        raise
     file, deadline = folder / REPORT_FILE, time.monotonic() + _LAG_S
     while not file.exists() and state.word == "COMPLETED" and time.monotonic() < deadline:
         time.sleep(_POLL_S[submission.executor])

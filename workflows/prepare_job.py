@@ -9,20 +9,18 @@ from cvae.code_snapshot import Snapshot
 from cvae.data.building import locked, progress_bar
 from cvae.data.filling import Plan
 from cvae.errors import UserError
-from slurm import executors, queue
+from slurm import queue
 from slurm.client import JobState
 from slurm.cluster import Place, Placement
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
 from workflows.plan import locate
-from workflows.submission import interrupts_wait, job_environment
+from workflows.submission import END_PATIENCE_S, job_environment, submitted
 from workflows.text import aligned, shown
 
 FILL = "cvae.data.filling:fill_parts"
 _POLL_S = {"slurm": 4.0, "local": 0.5}
-# Parts are visible by rename: a rank has nothing to save.
-_PATIENCE_S = 5.0
 # Network file systems show what other hosts have written late.
 _LAG_S = 90.0
 
@@ -55,7 +53,7 @@ def end_leftover(store: Path) -> None:
             submission = Submission.model_validate_json(file.read_text())
             if queue.look(submission).phase != "ended":
                 print(f"ending {submission.where}, which an earlier preparation left", flush=True)
-                queue.end(submission, _PATIENCE_S, lambda _: None)
+                queue.end(submission, END_PATIENCE_S, lambda _: None)
             file.unlink()
 
 
@@ -69,15 +67,14 @@ def _run(plan: Plan, place: Place, placement: Placement, gpus: int) -> None:
     logs = _submission_file(plan.folder).parent
     logs.mkdir(exist_ok=True)
     job = Job("prepare", logs, FILL, (plan.folder,), job_environment(Snapshot().write()))
-    with interrupts_wait():
-        submission = executors.submit(job, place, placement, gpus)
+
+    def note(submission: Submission) -> None:
         paths.write_atomically(_submission_file(plan.folder), submission.model_dump_json())
+
     try:
-        state = _wait(plan, submission)
-    except BaseException:
-        print(f"\ncancelling {submission.where}; its finished parts are kept", flush=True)
-        queue.end(submission, _PATIENCE_S, lambda _: None)
-        raise
+        kept = "its finished parts are kept"
+        with submitted(job, place, placement, gpus, kept, note) as submission:
+            state = _wait(plan, submission)
     finally:
         _submission_file(plan.folder).unlink(missing_ok=True)
     deadline = time.monotonic() + _LAG_S

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from workflows.run_state import run_state, submissions
 from workflows.text import shown
 
 TRAIN = "cvae.training.train:train"
+# A job that nobody waits for any more: what it has done is on the disk, it has nothing to save.
+END_PATIENCE_S = 5.0
 AFTER = "cvae.training.aftermath:note_bad_end"
 AFTER_IN_SWEEP = "cvae.training.aftermath:journal_bad_end"
 
@@ -134,6 +136,31 @@ def locked(run: RunDirectory) -> Iterator[None]:
                 f"{run.name} is being launched, resumed or cancelled by another process right now"
             ) from None
         yield
+
+
+@contextmanager
+def submitted(
+    job: Job,
+    place: Place,
+    placement: Placement,
+    gpus: int,
+    kept: str = "",
+    note: Callable[[Submission], object] = lambda submission: None,
+) -> Iterator[Submission]:
+    """A job that somebody waits for: it does not outlive the context where that ends badly, as by Ctrl-C.
+
+    gpus: what was asked for. kept: what of its work stays then. note: writes down that it was submitted.
+    Raises UserError where SLURM refuses the job.
+    """
+    with interrupts_wait():
+        submission = executors.submit(job, place, placement, gpus)
+        note(submission)
+    try:
+        yield submission
+    except BaseException:
+        print("; ".join(filter(None, [f"\ncancelling {submission.where}", kept])), flush=True)
+        queue.end(submission, END_PATIENCE_S, lambda _: None)
+        raise
 
 
 @contextmanager

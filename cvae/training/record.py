@@ -10,6 +10,7 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 
 from cvae import pictures
+from cvae.paths import whole_folder
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, journal, mlflow_mirror
 from cvae.training.journal import Journal
@@ -95,13 +96,9 @@ class Record:
             return
         self.saver.finish()
         weights, step = checkpoint.load_weights(self.run.checkpoints, self.notice)
-        folder, nascent = self.run.path / "model", self.run.path / ".model.new"
-        shutil.rmtree(nascent, ignore_errors=True)
-        nascent.mkdir()
-        save_file(weights, nascent / "model.safetensors", metadata={"step": str(step)})
-        shutil.copy(self.run.experiment_file, nascent)
-        shutil.rmtree(folder, ignore_errors=True)
-        nascent.rename(folder)
+        with whole_folder(self.run.path / "model") as nascent:
+            save_file(weights, nascent / "model.safetensors", metadata={"step": str(step)})
+            shutil.copy(self.run.experiment_file, nascent)
         self._append("artifact", path="model", artifact_path="model")
         curves = pictures.write_learning_curves(self.run)
         self._append(

@@ -7,14 +7,11 @@ import pandas as pd
 import pytest
 
 from analysis import report
-from cvae.config import Experiment
-from cvae.data.experiment_data import open_data
 from cvae.errors import UserError
-from cvae.models.cvae import build_model
 from cvae.run_directory import RunDirectory
 from cvae.training.journal import Journal
-from tests.conftest import PROJECT_ROOT, tiny_experiment
-from tests.trained import make_run, save_weights
+from tests.conftest import PROJECT_ROOT
+from tests.trained import make_run
 
 EVIL = '<script>alert("x")</script> 🦊'
 
@@ -36,23 +33,11 @@ def tell(run: RunDirectory, loss: float, status: str = "finished", reason: str =
 def runs(tiny_captioned_store: Path) -> list[RunDirectory]:
     """A CVAE and a plain VAE, and one that failed saying something evil."""
     made = [make_run(name, captioned=True) for name in ("cvae", "broken")]
-    made.insert(1, make_unconditional("vae"))
+    made.insert(1, make_run("vae", captioned=True, condition="none"))
     for run, loss in zip(made[:2], (100.0, 110.0), strict=True):
         tell(run, loss)
     tell(made[2], float("nan"), "failed", EVIL)
     return made
-
-
-def make_unconditional(name: str) -> RunDirectory:
-    tree = tiny_experiment(captioned=True)
-    tree["data"]["text_encoder"] = None
-    tree["model"]["condition"] = "none"
-    experiment = Experiment.model_validate(tree)
-    run = RunDirectory.create(name, experiment)
-    data = open_data(experiment)
-    model = build_model(experiment.model, data.image_shape, data.condition_dim, seed=1)
-    save_weights(run, model.state_dict(), step=7)
-    return run
 
 
 def make(out: Path, *arguments: str) -> str:

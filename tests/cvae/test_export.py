@@ -20,10 +20,9 @@ from cvae.export import export_run
 from cvae.grids import labelled_grid
 from cvae.run_directory import RunDirectory
 from cvae.sampling import load, load_run
-from cvae.training.journal import Journal
 from tests.conftest import PROJECT_ROOT
 from tests.cvae.data.conftest import small_bert
-from tests.trained import encode_with, make_run
+from tests.trained import encode_with, make_run, make_run_on_other_data
 
 __all__ = ["small_bert"]
 
@@ -227,10 +226,7 @@ def test_an_export_that_fails_leaves_nothing(
 
 
 def test_a_card_of_other_data_is_not_written(tiny_store: Path, tmp_path: Path) -> None:
-    run = make_run()
-    journal = Journal(run.journal_file)
-    journal.append("start", step=0, data_digest="0" * 64)
-    journal.close()
+    run = make_run_on_other_data()
     with pytest.raises(UserError, match="tiny was trained on other data than"):
         export_run(run, tmp_path / "out")
 

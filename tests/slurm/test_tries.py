@@ -100,7 +100,7 @@ def test_a_node_that_failed_twice_is_bad() -> None:
 
 
 def test_a_try_that_slurm_ended_is_told_by_the_next(tmp_path: Path) -> None:
-    care = Care(str(tmp_path / "step-*"), "", "")
+    care = Care(str(tmp_path / "step-*"))
     tries.begin(tmp_path, JOB, ["n1", "n2"], 1.0, "", tries.newest(care.progress))
     write_result(tmp_path, "stopped", "SIGTERM at step 9, saved")
     (tmp_path / "step-9").mkdir()

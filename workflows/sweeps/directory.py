@@ -6,7 +6,6 @@ sweeps/<sweep>/sweep.yaml        what is searched      experiment.yaml   what al
                ray/              Ray Tune's own state  mlflow.json       the parent run
 """
 
-import difflib
 import errno
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from cvae import paths, yaml_model
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
+from cvae.run_directory import RunDirectory, find_sweep
 from slurm.queue import Submission
 from workflows.sweeps.config import Sweep
 
@@ -89,16 +88,7 @@ class SweepDirectory:
     @classmethod
     def open(cls, name: str) -> "SweepDirectory":
         """The sweep of that name, or the newest for "latest". Raises UserError with the nearest name."""
-        there = {
-            file.parent.name: file for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")
-        }
-        if name == "latest" and there:
-            name = max(there, key=lambda found: there[found].stat().st_mtime)
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{name}: no such sweep in {paths.sweeps_dir()}{hint}")
-        return cls(paths.sweeps_dir() / name)
+        return cls(find_sweep(name))
 
     def sweep(self) -> Sweep:
         return yaml_model.load(self.sweep_file, Sweep)

@@ -20,8 +20,6 @@ from workflows.sweeps.directory import SweepDirectory, shown
 from workflows.text import Fact, count
 from workflows.text import shown as shown_path
 
-_AFTER = "workflows.sweeps.launching:after_bad_end"
-
 
 class Seats(NamedTuple):
     """Where the trials sit."""
@@ -112,7 +110,7 @@ def job_of(sweep: SweepDirectory, seats: Seats, address: str | None, code: Path)
     environment = job_environment(code)
     if address is None:
         environment |= ray_cluster.write_token(sweep.path) if sweep.path.exists() else {}
-    care = Care(str(sweep.path / "progress-*"), _AFTER, str(sweep.path))
+    care = Care(str(sweep.path / "progress-*"))
     target = "slurm.ray_cluster:run"
     return Job(sweep.name, sweep.logs, target, arguments, environment, care, once_per_node=True)
 
@@ -132,7 +130,3 @@ def _write(
     entry = {**submission.model_dump(), **more}
     text = json.dumps([*sweep.launches(), entry], indent=1)
     paths.write_atomically(sweep.launch_file, text + "\n")
-
-
-def after_bad_end(folder: str, reason: str, restarts: bool) -> None:
-    """Nothing is left to write: the trials' runs keep their own journals, trials.json says how far each is."""

@@ -17,11 +17,10 @@ from cvae.evaluation.run import evaluate_runs
 from cvae.evaluation.subject import Subject
 from cvae.run_directory import RunDirectory
 from cvae.sampling import load_run
-from cvae.training.journal import Journal
 from cvae.training.ranks import Ranks
 from tests.conftest import tiny_experiment
 from tests.ranks import finish, lines, start_python
-from tests.trained import make_run, save_weights
+from tests.trained import make_run, make_run_on_other_data, save_weights
 
 
 def request(run: RunDirectory, groups: list[str] | None = None, split: str = "val") -> Request:
@@ -125,10 +124,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: Path) -> None:
-    run = make_run()
-    journal = Journal(run.journal_file)
-    journal.append("start", step=0, data_digest="0" * 64)
-    journal.close()
+    run = make_run_on_other_data()
     with pytest.raises(UserError, match="was trained on other data"):
         evaluate_runs([asdict(request(run, ["elbo"]))], tmp_path / "progress")
 
