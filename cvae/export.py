@@ -57,24 +57,42 @@ def export_run(run: RunDirectory, folder: Path) -> Exported:
         _ = trained.text_encoder  # refuses one that is not the run's own
     exported = _facts(run, trained)
     with _whole(folder) as nascent:
-        shutil.copy(run.experiment_file, nascent / EXPERIMENT)
-        weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
-        save_file(weights, nascent / WEIGHTS, metadata={"format": "pt"})
+        _write_weights(run, trained, nascent)
         if exported.text_encoder is not None:
             _copy_encoder(exported.text_encoder, nascent / TEXT_ENCODER)
         count = _FEW if trained.model.n_parameters() > _LARGE else _SAMPLES
         prompts = _prompts(trained, count)
         write_png(_sample_grid(trained, prompts, count), nascent / SAMPLES)
-        files = sorted(file for file in nascent.rglob("*") if file.is_file())
-        total = sum(file.stat().st_size for file in files)
-        with progress_bar(total, "B", "checksums", delay=2) as bar:
-            digests = {
-                str(file.relative_to(nascent)): file_sha256(file, bar.update) for file in files
-            }
+        _seal(exported, nascent)
         card = model_card(exported, trained.experiment, trained.model, prompts[:2])
         write_atomically(nascent / CARD, card)
-        write_atomically(nascent / CONFIG, exported.to_json(digests))
     return exported
+
+
+def write_model(run: RunDirectory, folder: Path) -> None:
+    """The run's best model as MLflow gets it: as exported, but without text encoder, samples and card.
+
+    What is at `folder` is replaced. Raises OSError where it cannot be written, UserError as export_run.
+    """
+    trained = load_run(run, torch.device("cpu"))
+    with whole_folder(folder) as nascent:
+        _write_weights(run, trained, nascent)
+        _seal(_facts(run, trained), nascent)
+
+
+def _write_weights(run: RunDirectory, trained: Trained, folder: Path) -> None:
+    shutil.copy(run.experiment_file, folder / EXPERIMENT)
+    weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _seal(exported: Exported, folder: Path) -> None:
+    """Writes config.json, with the checksums of the files that are there."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    total = sum(file.stat().st_size for file in files)
+    with progress_bar(total, "B", "checksums", delay=2) as bar:
+        digests = {str(file.relative_to(folder)): file_sha256(file, bar.update) for file in files}
+    write_atomically(folder / CONFIG, exported.to_json(digests))
 
 
 @contextmanager
@@ -139,8 +157,9 @@ def _facts(run: RunDirectory, trained: Trained) -> Exported:
         )
     encoder = None
     if trained.encoder_entry is not None:
+        assert experiment.data.text_encoder is not None
         encoder = ExportedEncoder(
-            name=trained.text_encoder.name, entry=trained.text_encoder.entry()
+            name=experiment.data.text_encoder, entry=trained.encoder_entry.model_copy()
         )
     splits = data.store.manifest.splits
     return Exported(

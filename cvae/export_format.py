@@ -1,5 +1,7 @@
 """An exported model: one folder with all that drawing takes. No pickles, every file checksummed.
 
+A run's own model/, which MLflow gets, is the same without text_encoder/, samples.png and README.md.
+
 <folder>/
     config.json           what the model is and what it came from; sha256 of the other files and of itself
     experiment.yaml       the resolved experiment; launch.py takes it back

@@ -54,7 +54,7 @@ class Trained:
     classes: list[str]
     """Names of the classes of labelled data, by number; empty for captioned data."""
     encoder_source: str | None
-    """What load_encoder takes: a name, or the exported folder's copy."""
+    """What load_encoder takes: a name, or an exported folder's copy."""
     encoder_entry: TextEncoderEntry | None
     """The encoder that prepared the captions."""
     data_digest: str
@@ -264,13 +264,15 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     experiment = load_experiment(folder / export_format.EXPERIMENT)
     weights = load_file(folder / export_format.WEIGHTS)
     encoder, shape, width = exported.text_encoder, exported.image_shape, exported.condition_dim
+    # A run's own model/, as MLflow has it, holds no copy: there its name has to do.
+    copy = folder / export_format.TEXT_ENCODER
     return Trained(
         name=exported.name,
         experiment=experiment,
         model=_model(experiment, shape, width, weights, device, folder),
         step=exported.step,
         classes=exported.classes,
-        encoder_source=str(folder / export_format.TEXT_ENCODER) if encoder else None,
+        encoder_source=(str(copy) if copy.is_dir() else encoder.name) if encoder else None,
         encoder_entry=encoder.entry if encoder else None,
         data_digest=exported.data.digest,
         run=None,

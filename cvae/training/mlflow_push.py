@@ -23,7 +23,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from cvae.training import journal, mlflow_state
+from cvae.errors import UserError
+from cvae.training import journal, mlflow_model, mlflow_state
 from cvae.training.mlflow_state import JOURNAL_FILE
 from cvae.training.mlflow_store import create_store, experiment_id
 
@@ -248,6 +249,12 @@ class Pusher:
         source, folder = self.run_dir / record["path"], record.get("artifact_path")
         if not source.exists():
             raise BadLine(f"{source} is not there")
+        if folder == mlflow_model.NAME:
+            try:
+                mlflow_model.log_model(self._api, self._run_id, source)
+            except (ValueError, UserError) as error:
+                raise BadLine(f"{source}: {error}") from error
+            return
         log = self._api.log_artifacts if source.is_dir() else self._api.log_artifact
         log(self._run_id, str(source), folder)
 

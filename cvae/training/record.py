@@ -1,16 +1,14 @@
 """What a run tells about itself: the journal and its mirror in MLflow. Rank 0 writes, the others are silent."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from PIL.Image import Image
-from safetensors.torch import save_file
 
 from cvae import pictures
-from cvae.paths import whole_folder
+from cvae.export import write_model
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, journal, mlflow_mirror
 from cvae.training.journal import Journal
@@ -95,10 +93,7 @@ class Record:
         if self.writer is None:
             return
         self.saver.finish()
-        weights, step = checkpoint.load_weights(self.run.checkpoints, self.notice)
-        with whole_folder(self.run.path / "model") as nascent:
-            save_file(weights, nascent / "model.safetensors", metadata={"step": str(step)})
-            shutil.copy(self.run.experiment_file, nascent)
+        write_model(self.run, self.run.path / "model")
         self._append("artifact", path="model", artifact_path="model")
         curves = pictures.write_learning_curves(self.run)
         self._append(

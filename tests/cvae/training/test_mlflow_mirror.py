@@ -48,9 +48,9 @@ def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run,
             run.journal.append("system", step=50, metrics=usage)
             run.picture(25)
             run.picture(50)
-            (run.path / "model").mkdir()
-            (run.path / "model" / "model.safetensors").write_bytes(b"weights")
-            run.journal.append("artifact", path="model", artifact_path="model")
+            (run.path / "weights").mkdir()
+            (run.path / "weights" / "model.safetensors").write_bytes(b"weights")
+            run.journal.append("artifact", path="weights", artifact_path="weights")
             run.end()
         assert [mirror.finish(60) for mirror in mirrors] == [0, 0], runs[0].log + runs[1].log
         yield runs
@@ -112,8 +112,8 @@ def test_what_mlflow_shows_of_a_run(two_at_once: tuple[Run, Run]) -> None:
     assert (dataset.dataset.name, dataset.dataset.digest) == ("scenes", "d" * 36)
     assert "manifest.json" in dataset.dataset.source
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
-    (model,) = client.list_artifacts(run.run_id, "model")
-    assert model.path == "model/model.safetensors"
+    (model,) = client.list_artifacts(run.run_id, "weights")
+    assert model.path == "weights/model.safetensors"
 
 
 def test_pictures_are_named_as_mlflow_names_them(two_at_once: tuple[Run, Run]) -> None:
