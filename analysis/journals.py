@@ -45,7 +45,7 @@ def facts(run: RunDirectory) -> dict[str, Any]:
         launches = run.submissions()
     except (OSError, ValueError):
         launches = []
-    row["command"] = launches[0].get("command") if launches else None
+    row["command"] = f"python {launches[0].get('command')}" if launches else None
     try:
         block = run.journal_file.read_bytes()
     except OSError:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError, did_you_mean
 
 LATEST = "latest"
+_LONGEST_NAME = 90
 
 
 class RunDirectory:
@@ -124,6 +126,13 @@ def _taken(path: Path) -> str:
         f"run name {path.name} is taken ({path}); choose another --name, or continue that run with"
         f" `python workflows/runs.py resume {path.name}`"
     )
+
+
+def telling_name(stem: str, values: Mapping[str, str]) -> str:
+    """As "demo-latent_dim_64-lr_3e-4" for the keys that differ: what one reads in MLflow's list of runs."""
+    parts = [f"{key.rpartition('.')[2]}_{value}" for key, value in values.items()]
+    text = "-".join([stem, *parts])
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:_LONGEST_NAME].rstrip("-._")
 
 
 def free_name(stem: str, folder: Path | None = None) -> str:

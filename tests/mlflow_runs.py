@@ -17,12 +17,14 @@ model: {backbone: mlp, latent_dim: 20, condition: null}
 optimizer: {lr: 0.001, betas: [0.9, 0.999]}
 """
 METRICS = ("train/loss", "train/kl", "train/images_per_second")
+COMMAND = "workflows/launch.py '```\n# <b>x</b>' --gpus 2"
 START = {
     "world_size": 2,
     "hosts": ["node1", "node1", "node2"],
     "device": "cpu",
     "job_id": "17",
     "commit": "0123abc",
+    "packages": {"torch": "2.13.0", "diffusers": None},
     "data_name": "scenes",
     "data_digest": "d" * 64,
     "data_manifest": "data/scenes-64/manifest.json",
@@ -36,6 +38,7 @@ class Run:
         self.path = home / "runs" / name
         (self.path / "pictures").mkdir(parents=True)
         (self.path / "experiment.yaml").write_text(EXPERIMENT)
+        (self.path / "launch.json").write_text(json.dumps([{"command": COMMAND}]))
         self.journal = Journal(self.path / "journal.jsonl")
         self.journal.append("start", **START, step=0)
 

@@ -13,6 +13,7 @@ from cvae import command_line, paths
 from cvae.command_line import Parser, positive
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
+from cvae.run_directory import free_name, telling_name
 from slurm import cluster
 from workflows.follow import follow
 from workflows.plan import default_experiment, plan_launch
@@ -43,7 +44,9 @@ def parser() -> Parser:
     parser.add_argument(
         "--engine", choices=["ddp", "deepspeed"], help="short for training.engine=…"
     )
-    parser.add_argument("--name", metavar="RUN", help="default: the experiment's name and the time")
+    parser.add_argument(
+        "--name", metavar="RUN", help="default: the experiment, what was changed, the time"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -82,7 +85,9 @@ def main(arguments: list[str]) -> int:
         print(f"{shown(file)} is trained, as {why}", flush=True)
     experiment = load_experiment(file, overrides)
     origin = " ".join([shown(file), *overrides])
-    plan = plan_launch(experiment, origin, options.name, asked, options.cluster, options.dry_run)
+    changed = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    name = options.name or free_name(telling_name(experiment.name, changed))
+    plan = plan_launch(experiment, origin, name, asked, options.cluster, options.dry_run)
     print(plan.text(), flush=True)
 
     if options.dry_run:

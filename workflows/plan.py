@@ -8,7 +8,7 @@ from cvae.code_snapshot import Snapshot
 from cvae.config import Experiment, Training
 from cvae.data.store import open_store
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory, check_new_name, free_name
+from cvae.run_directory import RunDirectory, check_new_name
 from slurm import cluster, executors
 from slurm.cluster import Place, Placement
 from slurm.executors import Job
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 def plan_launch(
     experiment: Experiment,
     origin: str,
-    name: str | None,
+    name: str,
     asked: Placement,
     cluster_name: str | None,
     dry: bool,
@@ -54,7 +54,6 @@ def plan_launch(
     Raises UserError where anything of it cannot be: from the cheapest check to the dearest.
     """
     check_new_name(name)
-    name = name or free_name(experiment.name)
     # Before torch is imported, which takes seconds.
     open_store(experiment.data.name, experiment.data.image_size)
     place, placement, where = locate(asked, cluster_name, dry)

@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from cvae.errors import UserError
-from cvae.training import journal, mlflow_model, mlflow_state
+from cvae.training import journal, mlflow_model, mlflow_state, mlflow_tags
 from cvae.training.mlflow_state import JOURNAL_FILE
 from cvae.training.mlflow_store import create_store, experiment_id
 
@@ -34,7 +34,6 @@ _PARAM_LENGTH = 500  # of servers before 2.8; newer ones take 6000
 _DIGEST_LENGTH = 36
 _THUMBNAIL = 256  # pixels, as in MLflow's own log_image
 _RUN_DIR_TAG = "cvae.run_dir_id"
-_START_TAGS = ("job_id", "world_size", "device", "precision", "engine", "uncommitted_changes")
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"}
 _MOST_ATTEMPTS = 10
@@ -207,12 +206,9 @@ class Pusher:
         return False
 
     def _start(self, record: dict[str, Any]) -> None:
-        tags = {name: record[name] for name in _START_TAGS if record.get(name) is not None}
-        tags["hosts"] = ", ".join(sorted(set(record.get("hosts", []))))
-        if record.get("commit"):
-            tags["mlflow.source.git.commit"] = record["commit"]
-        tags = {name: RunTag(name, str(value)) for name, value in tags.items()}
-        self._api.log_batch(self._run_id, tags=list(tags.values()))
+        told = mlflow_tags.of_start(self.run_dir, record, self._get_run().data.tags)
+        entities = [RunTag(name, value) for name, value in told.items()]
+        self._api.log_batch(self._run_id, tags=entities)
         self._api.update_run(self._run_id, status="RUNNING")
         if record.get("data_name") and record.get("data_digest"):
             source = json.dumps({"uri": record.get("data_manifest")})

@@ -9,7 +9,6 @@ sweeps/<sweep>/sweep.yaml        what is searched      experiment.yaml   what al
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,14 +19,14 @@ from typing import Any, Literal
 from cvae import paths, yaml_model
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory, find_sweep
+from cvae.run_directory import RunDirectory, find_sweep, telling_name
 from slurm.queue import Submission
 from workflows.sweeps.config import Sweep
 
 # In Ray Tune's configurations: the values of the listed keys; the drawn keys stand beside it.
 LISTED = "listed"
 Status = Literal["queued", "running", "finished", "stopped early", "failed"]
-_LONGEST_RUN_NAME = 90
+_LONGEST_STEM = 45
 
 
 @dataclass
@@ -118,10 +117,9 @@ class SweepDirectory:
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
-    """As "ablation-20261123-190500-07-fusion_add-seed_2": what differs is what one reads in MLflow's list."""
-    parts = [f"{key.rpartition('.')[2]}_{shown(value)}" for key, value in values.items()]
-    text = "-".join([f"{sweep[: _LONGEST_RUN_NAME // 2]}-{index:02}", *parts])
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:_LONGEST_RUN_NAME].rstrip("-._")
+    """As "ablation-20261123-190500-07-fusion_add-seed_2": a trial, and its values."""
+    values = {key: shown(value) for key, value in values.items()}
+    return telling_name(f"{sweep[:_LONGEST_STEM]}-{index:02}", values)
 
 
 def shown(value: Any) -> str:

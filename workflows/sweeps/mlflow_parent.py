@@ -17,6 +17,7 @@ from cvae.run_directory import RunDirectory
 from cvae.training import mlflow_state
 from cvae.training.mlflow_push import Pusher
 from cvae.training.mlflow_store import create_store, experiment_id
+from cvae.training.mlflow_tags import NOTE, description
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial
 
 _TAG = "cvae.sweep_id"
@@ -117,7 +118,7 @@ class SweepMirror:
             Metric("trials/ended", len(ended), now, len(ended)),
             Metric("trials/failed", failed, now, len(ended)),
         ]
-        tags = [RunTag("mlflow.note.content", _note(self.sweep, trials, best))]
+        tags = [RunTag(NOTE, _note(self.sweep, trials, best))]
         if best is not None and best.best is not None:
             points.append(Metric(f"best/{self.settings.metric}", best.best, now, len(ended)))
             tags.append(RunTag("best_trial", best.run))
@@ -131,8 +132,13 @@ def _note(sweep: SweepDirectory, trials: list[Trial], best: Trial | None) -> str
     if best is not None:
         changed = ", ".join(f"{key} = {value}" for key, value in best.values.items())
         lines.append(f"Best so far: `{best.run}` with {changed}.")
-    lines.append(f"Go on with it: `python workflows/sweep.py --resume {sweep.name}`")
-    return "\n\n".join(lines)
+    launches = sweep.launches()
+    commands = {"Launched with": f"python {launches[0]['command']}"} if launches else {}
+    commands |= {
+        "Its report": f"python analysis/report.py --sweep {sweep.name} --out reports/{sweep.name}",
+        "Go on with it": f"python workflows/sweep.py --resume {sweep.name}",
+    }
+    return "\n\n".join([*lines, description(commands)])
 
 
 def _table(trials: list[Trial]) -> str:

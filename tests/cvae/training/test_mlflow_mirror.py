@@ -28,7 +28,8 @@ mlflow_mirror.prepare_mlflow()
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from cvae.training.mlflow_push import Pusher  # noqa: E402
-from tests.mlflow_runs import START, Run, each_once, images, points  # noqa: E402
+from cvae.training.mlflow_tags import NOTE  # noqa: E402
+from tests.mlflow_runs import COMMAND, START, Run, each_once, images, points  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,11 @@ def test_what_mlflow_shows_of_a_run(two_at_once: tuple[Run, Run]) -> None:
     assert tags["hosts"] == "node1, node2"
     assert tags["end_reason"] == "finished"
     assert (tags["world_size"], tags["device"], tags["job_id"]) == ("2", "cpu", "17")
+    assert (tags["data_name"], tags["data_digest"]) == ("scenes", "d" * 64)
+    assert json.loads(tags["packages"]) == {"torch": "2.13.0"}
+    assert tags["command"] == f"python {COMMAND}"
+    # One indented line: nothing in a command can leave its block.
+    assert "\n\n    python workflows/launch.py '``` # <b>x</b>' --gpus 2\n\n" in tags[NOTE]
     loss = client.get_metric_history(run.run_id, "train/loss")
     assert [point.timestamp for point in loss][:2] == [round(x["time"] * 1000) for x in lines[1:3]]
     assert math.isnan(loss[-1].value)
