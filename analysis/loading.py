@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,18 @@ from cvae.errors import UserError, did_you_mean
 from cvae.run_directory import RunDirectory, all_runs, find_sweep
 
 Source = Literal["auto", "folders", "mlflow"]
+METRICS = ("val/", "eval/", "eval_")
+"""How the names of all metrics of an evaluation begin."""
 _CACHE, _FORMAT, _STAMP = ".analysis", "1", b"cvae.stamp"
 # What every table has, whatever its runs have told.
 _COLUMNS = {
     "experiment": None, "status": None, "reason": None, "path": None, "source": None, "created": pd.NaT,
-    "seconds": float("nan"), "world_size": None, "hosts": None, "device": None, "gpu_hours": float("nan"),
-    "rank_hours": float("nan"), "seconds_per_epoch": float("nan"), "step": None, "best_step": None,
-    "epoch": float("nan"),
+    "seconds": math.nan, "world_size": None, "hosts": None, "device": None, "gpu_hours": math.nan,
+    "rank_hours": math.nan, "seconds_per_epoch": math.nan, "step": None, "best_step": None,
+    "epoch": math.nan,
     "train_images": None, "seed": None, "commit": None, "uncommitted_changes": None, "packages": None,
     "data_name": None, "data_digest": None, "command": None, "sweep": None, "trial": None, "mlflow_id": None,
+    "nan_metrics": None,
 }  # fmt: skip
 
 
@@ -44,8 +48,9 @@ def runs(
     Columns: how it went (status: finished, failed, stopped or unfinished; reason, created, seconds of training,
     world_size, hosts, device, gpu_hours, rank_hours, seconds_per_epoch, step, best_step, epoch, train_images);
     every key of the experiment, as "model.latent_dim"; train/loss (last), val/* (at the best epoch), eval/* (by
-    evaluate.py); where it comes from (commit, packages, data_name, data_digest, command, sweep, trial, path,
-    mlflow_id). Runs that failed or go on are rows like all others.
+    evaluate.py); nan_metrics, those that were measured as NaN (which looks like "not measured" in a frame);
+    where it comes from (commit, packages, data_name, data_digest, command, sweep, trial, path, mlflow_id).
+    Runs that failed or go on are rows like all others.
 
     source: "folders" reads $CVAE_HOME/runs, "mlflow" the tracking server; "auto" the folders, and from MLflow the
     runs whose folder is not here. Raises UserError, with the nearest name, where nothing is found.
@@ -80,6 +85,8 @@ def runs(
             raise UserError(_nothing(None, None, [name]))
         told = {"sweep": sweep, "trial": trials[name]["index"]}
         rows[name] = {"status": "unfinished", "reason": "it has not begun", **told}
+    for row in rows.values():
+        row["nan_metrics"] = ", ".join(name for name in row if _is_nan(name, row[name])) or None
     frame = pd.DataFrame.from_dict(rows, orient="index")
     for name, value in _COLUMNS.items():
         if name not in frame:
@@ -119,6 +126,10 @@ def curves(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Data
         split_blocks=True, self_destruct=True
     )
     return found
+
+
+def _is_nan(name: str, value: object) -> bool:
+    return name.startswith(METRICS) and isinstance(value, float) and math.isnan(value)
 
 
 def _labelled(run: str, table: pa.Table) -> pa.Table:

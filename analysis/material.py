@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.intervals import changed_keys
+from analysis.loading import METRICS
 from analysis.page import shown
 
 METRIC = "val/loss"
@@ -52,11 +53,18 @@ class Material:
     @cached_property
     def metrics(self) -> list[str]:
         """Those that at least one run has, without what evaluate.py and the training both measured."""
-        found = [name for name in self.runs if str(name).startswith(("val/", "eval/", "eval_"))]
-        there = [str(name) for name in found if self.runs[name].notna().any()]
+        found = [str(name) for name in self.runs if str(name).startswith(METRICS)]
+        nan = {name for told in self.nan_metrics.values() for name in told}
+        there = [name for name in found if name in nan or self.runs[name].notna().any()]
         first = [f"val/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there]
         twice = {f"eval/{name.partition('/')[2]}" for name in first}
         return first + [name for name in there if name not in twice and name not in first]
+
+    @cached_property
+    def nan_metrics(self) -> dict[str, list[str]]:
+        """By run, for those that have any: the metrics that were measured as NaN."""
+        told = self.runs["nan_metrics"].dropna()
+        return {str(name): names.split(", ") for name, names in told.items()}
 
     @cached_property
     def out_of_the_means(self) -> pd.Series:
@@ -65,8 +73,10 @@ class Material:
         for name, row in self.runs.iterrows():
             if row["status"] != "finished":
                 reasons[name] = f"{row['status']}: {shown(row['reason'])}".removesuffix(": –")
+            elif METRIC in self.nan_metrics.get(str(name), ()):
+                reasons[name] = f"its {METRIC} is NaN"
             elif METRIC not in row or pd.isna(row[METRIC]):
-                reasons[name] = f"has no {METRIC}, or it is not a number"
+                reasons[name] = f"has no {METRIC}"
             elif not np.isfinite(row[METRIC]):
                 reasons[name] = f"its {METRIC} is infinite"
         return pd.Series(reasons, dtype=object)

@@ -1,5 +1,6 @@
 """What a report says, in its order: claims, runs, ablations, curves, pictures, where it all comes from."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -98,7 +99,10 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
         text += (
             f" The runs differ in {keys}: their losses have different meanings and are not ranked."
         )
-    return Section("runs", "Runs", [table(_missing(frame), best=_best(material))], text)
+    told = _missing(frame)
+    for run, metrics in material.nan_metrics.items():
+        told.loc[run, metrics] = math.nan
+    return Section("runs", "Runs", [table(told, best=_best(material))], text)
 
 
 def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:

@@ -90,7 +90,10 @@ def submit(
         code_snapshot.link(run.path, code)
         with interrupts_wait():
             submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)
-            more = {"journal_offset": offset, "code": code.name}
+            more: dict[str, Any] = {"journal_offset": offset, "code": code.name}
+            if part_of_sweep:
+                # Nobody typed this process's command; the file repeats the trial alone.
+                more["command"] = f"workflows/launch.py runs/{run.name}/{run.experiment_file.name}"
             submission = submission.model_copy(update=more)
             try:
                 _write(run, [*submissions(run), submission])

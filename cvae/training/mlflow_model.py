@@ -19,20 +19,7 @@ from cvae.export_format import CONFIG, EXPERIMENT, Exported
 NAME = "model"
 _OLD_SERVER = {"ENDPOINT_NOT_FOUND", "RESOURCE_DOES_NOT_EXIST", "NOT_IMPLEMENTED"}
 # What cvae/pyfunc.py imports of other projects.
-_DRAWS_WITH = (
-    *(
-        "torch",
-        "numpy",
-        "pandas",
-        "safetensors",
-        "pydantic",
-        "pyyaml",
-        "pillow",
-        "matplotlib",
-        "tqdm",
-    ),
-    *("scikit-learn", "transformers"),
-)
+_DRAWS_WITH = "torch numpy pandas safetensors pydantic pyyaml pillow matplotlib tqdm scikit-learn transformers"
 
 
 def log_model(client: MlflowClient, run_id: str, source: Path) -> None:
@@ -70,7 +57,10 @@ def _find_or_create(client: MlflowClient, run_id: str) -> LoggedModel:
 
 def _save(source: Path, exported: Exported, folder: Path) -> None:
     experiment = load_experiment(source / EXPERIMENT)
-    packages = [*_DRAWS_WITH, *(["diffusers"] if experiment.model.backbone == "ldm" else [])]
+    packages = [
+        *_DRAWS_WITH.split(),
+        *(["diffusers"] if experiment.model.backbone == "ldm" else []),
+    ]
     shape = (-1, -1, *exported.image_shape)
     mlflow.pyfunc.save_model(
         str(folder),

@@ -24,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from cvae.errors import UserError
+from cvae.export_format import CONFIG
 from cvae.training import journal, mlflow_model, mlflow_state, mlflow_tags
 from cvae.training.mlflow_state import JOURNAL_FILE
 from cvae.training.mlflow_store import create_store, experiment_id
@@ -245,7 +246,8 @@ class Pusher:
         source, folder = self.run_dir / record["path"], record.get("artifact_path")
         if not source.exists():
             raise BadLine(f"{source} is not there")
-        if folder == mlflow_model.NAME:
+        # A run of before there were logged models has weights alone in its model/.
+        if folder == mlflow_model.NAME and (source / CONFIG).is_file():
             try:
                 mlflow_model.log_model(self._api, self._run_id, source)
             except (ValueError, UserError) as error:

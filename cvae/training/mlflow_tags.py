@@ -23,7 +23,7 @@ def of_start(run_dir: Path, record: dict[str, Any], there: Mapping[str, str]) ->
     packages = {name: found for name, found in record.get("packages", {}).items() if found}
     tags["packages"] = json.dumps(packages)
     sweep = there.get("sweep")
-    tags["command"] = _command(RunDirectory(run_dir), is_trial=sweep is not None)
+    tags["command"] = _command(RunDirectory(run_dir))
     if NOTE not in there:  # people write there, too
         tags[NOTE] = description(
             {
@@ -45,12 +45,9 @@ def description(commands: Mapping[str, str]) -> str:
     return "\n\n".join(told)
 
 
-def _command(run: RunDirectory, is_trial: bool) -> str:
-    """What launched the run; a trial, which nobody launched by hand, is repeated by its file."""
+def _command(run: RunDirectory) -> str:
     try:
-        launches = run.submissions()
-    except (OSError, ValueError):
-        launches = []
-    if launches and not is_trial:
-        return f"python {launches[0].get('command')}"
-    return f"python workflows/launch.py runs/{run.name}/{run.experiment_file.name}"
+        command = run.submissions()[0]["command"]
+    except (OSError, ValueError, LookupError):
+        command = f"workflows/launch.py runs/{run.name}/{run.experiment_file.name}"
+    return f"python {command}"

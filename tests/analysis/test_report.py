@@ -102,6 +102,21 @@ def test_failed_runs_are_shown_and_never_averaged_in(
     assert ablation["low"].isna().all()
 
 
+def test_a_metric_that_is_not_a_number_is_told_from_one_that_is_missing(
+    runs: list[RunDirectory], tmp_path: Path
+) -> None:
+    journal = Journal(runs[0].journal_file)
+    journal.append("evaluation", step=30, metrics={"eval/psnr": float("nan")})
+    journal.close()
+    page = make(tmp_path / "report", "--runs", "cvae", "vae")
+    rows = {name: page[page.index(f">{name}</td>") :].split("</tr>")[0] for name in ("cvae", "vae")}
+    assert ">NaN<" in rows["cvae"]
+    assert ">NaN<" not in rows["vae"]
+    tell(make_run("nan", captioned=True), float("nan"))
+    page = make(tmp_path / "report", "--runs", "cvae", "nan")
+    assert "its val/loss is NaN" in page[page.index('id="left_out"') :]
+
+
 def test_a_report_is_made_anew_but_nothing_else_is_replaced(
     runs: list[RunDirectory], tmp_path: Path
 ) -> None:
