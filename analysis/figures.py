@@ -49,7 +49,7 @@ def learning_curves(curves: pd.DataFrame, groups: pd.Series) -> "Figure | None":
         if shown:
             _limit(axes, np.concatenate(shown))
         what = "training (batch)" if metric == "train/loss" else "validation"
-        axes.set(title=f"−ELBO, {what}", xlabel="step")
+        axes.set(title=f"loss, {what}", xlabel="step")
     panels[0].set_ylabel("nats per image")
     _legend(figure, panels[-1], len(names))
     return figure

@@ -11,7 +11,7 @@ from analysis.loading import METRICS
 from analysis.page import shown
 
 METRIC = "val/loss"
-"""What runs are ranked by: −ELBO of the evaluated split at a run's best epoch, in nats per image."""
+"""What runs are ranked by: recon_loss + beta·kl of the validation split at the best epoch, nats per image."""
 # Runs that differ in these have losses of different meaning.
 MEANING = ("model.likelihood", "model.beta", "data.name", "data.image_size", "data.val")
 _OF_THE_ELBO = ("loss", "recon_loss", "kl", "bits_per_dim", "text_gain", "text_gain_se")

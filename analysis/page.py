@@ -68,6 +68,7 @@ class Part:
     heads: Sequence[Head] = ()
     rows: Sequence[Sequence[Cell]] = ()
     sortable: bool = False
+    has_sentences: bool = False
     svg: Markup = field(default_factory=Markup)
     source: str = ""
     alt: str = ""
@@ -134,7 +135,7 @@ def table(
         for row in frame.itertuples(index=False)
     ]
     heads = [Head(str(name), numeric[name]) for name in frame.columns]
-    return Part("table", title, text, heads, rows, sortable)
+    return Part("table", title, text, heads, rows, sortable, has_sentences=bool(long))
 
 
 def drawing(figure: "Figure", title: str, text: str = "") -> Part:

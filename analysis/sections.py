@@ -23,6 +23,7 @@ MADE_BY = "Made by analysis/report.py of cvae-workflow."
 # Which end is good. A metric that is not here has none: KL alone is neither good nor bad.
 _BETTER: "dict[str, Direction]" = {
     "loss": "min",
+    "neg_elbo": "min",
     "bits_per_dim": "min",
     "text_gain": "max",
     "iwae": "min",
@@ -153,7 +154,7 @@ def _compared(material: Material, key: str) -> list[str]:
     ended = [name for name in material.metrics if _end(name) is not None or name.endswith("_probe")]
     # Bits per dimension are the same nats once more.
     metrics = [name for name in ended if not name.endswith("bits_per_dim")]
-    return [name for name in metrics if not (key in MEANING and "loss" in name)]
+    return [name for name in metrics if not (key in MEANING and _is_of_the_loss(name))]
 
 
 def _curves(material: Material, made: "dict[str, Figure]") -> Section:
@@ -252,10 +253,13 @@ def _best(material: Material) -> "dict[str, Direction]":
     ends = {name: _end(name) for name in material.metrics}
     found = {name: end for name, end in ends.items() if end is not None}
     if material.differ_in_meaning:
-        return {
-            name: end for name, end in found.items() if "loss" not in name and "bits" not in name
-        }
+        return {name: end for name, end in found.items() if not _is_of_the_loss(name)}
     return found
+
+
+def _is_of_the_loss(metric: str) -> bool:
+    """Whether it is another quantity under another likelihood or beta."""
+    return any(part in metric for part in ("loss", "elbo", "bits"))
 
 
 def _end(metric: str) -> "Direction | None":

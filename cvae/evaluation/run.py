@@ -95,9 +95,11 @@ def _check_data(trained: Trained, lines: list[dict[str, Any]]) -> None:
 
 def _elbo(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
     trained = subject.trained
-    return evaluate_elbo(
+    found = evaluate_elbo(
         subject.model, trained.data, subject.split, trained.experiment, subject.ranks
     )
+    # The loss weighs kl by beta; the bound does not.
+    return {**found, "neg_elbo": found["recon_loss"] + found["kl"]}
 
 
 def _reconstruction(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
