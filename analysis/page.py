@@ -184,9 +184,9 @@ def shown(value: Any) -> str:
         return "–"
     if _is_number(value):
         number = float(value)
-        if isinstance(value, Measure) and math.isfinite(value.se):
+        if isinstance(value, Measure) and value.se > 1e-6 * abs(number):
             # As many decimals as the error's two digits have.
-            decimals = max(0, 1 - math.floor(math.log10(value.se))) if value.se > 0 else 2
+            decimals = max(0, 1 - math.floor(math.log10(value.se)))
             return f"{number:,.{decimals}f} ± {value.se:.{decimals}f}".replace("-", "−")
         if math.isnan(number):
             return "NaN"
