@@ -22,7 +22,7 @@ def evaluate_iwae(subject: Subject, n_draws: int) -> dict[str, float]:
     """
     total = torch.zeros(1, dtype=torch.float64, device=subject.ranks.device)
     with torch.inference_mode():
-        for part in subject.parts():
+        for part in subject.parts(advances=False):
             total += _bound(subject, part, n_draws).sum()
     nats = float(subject.ranks.sum(total)) / len(subject.split)
     bits = nats / math.prod(subject.model.shape) / math.log(2)
@@ -46,4 +46,5 @@ def _bound(subject: Subject, part: Part, n_draws: int) -> Tensor:
             images, observed, condition, torch.from_numpy(noise).to(images.device)
         )
         total = torch.logaddexp(total, weights.logsumexp(0))
+        subject.advance(len(images) * len(draws) / n_draws)
     return math.log(n_draws) - total

@@ -158,7 +158,7 @@ _GROUPS: dict[str, Callable[[Subject, Request, Journal | None], dict[str, float]
 }
 
 
-def _silent(images: int) -> None:
+def _silent(images: float) -> None:
     pass
 
 
@@ -167,14 +167,14 @@ class _Told:
 
     def __init__(self, file: Path, what: str, total: int):
         self.file, self.said = file, {"what": what, "total": total}
-        self.done = 0
+        self.done = 0.0
         self.when = 0.0
         self(0)
 
-    def __call__(self, images: int) -> None:
+    def __call__(self, images: float) -> None:
         self.done += images
         if time.monotonic() - self.when > _TOLD_EVERY_S:
             self.when = time.monotonic()
             # A bar is not worth an evaluation.
             with suppress(OSError):
-                write_atomically(self.file, json.dumps({**self.said, "done": self.done}))
+                write_atomically(self.file, json.dumps({**self.said, "done": round(self.done)}))

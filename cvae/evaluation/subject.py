@@ -17,7 +17,7 @@ from cvae.models.cvae import Cvae
 from cvae.sampling import Trained
 from cvae.training.ranks import Ranks
 
-Advance = Callable[[int], object]
+Advance = Callable[[float], object]
 
 
 class Part(NamedTuple):
@@ -37,7 +37,7 @@ class Subject:
     split: Split
     ranks: Ranks
     advance: Advance
-    """Is told how many images of this rank are done."""
+    """Is told how many more images of this rank are done, or what share of one."""
 
     @property
     def model(self) -> Cvae:
@@ -47,8 +47,11 @@ class Subject:
     def seed(self) -> int:
         return self.trained.experiment.seed
 
-    def parts(self) -> Iterator[Part]:
-        """This rank's images in order; over all ranks each image of the split once."""
+    def parts(self, advances: bool = True) -> Iterator[Part]:
+        """This rank's images in order; over all ranks each image of the split once.
+
+        advances: whether a part is done when the next is asked for; else the caller tells.
+        """
         data, model = self.trained.data, self.model
         at_once = images_at_once(model)
         for number, block in enumerate(eval_blocks(self.seed, len(self.split), model.latent_shape)):
@@ -58,7 +61,8 @@ class Subject:
             for piece in pieces:
                 places = slice(first, first + len(piece.images))
                 yield Part(number, places, block.indices[places], piece)
-                self.advance(len(piece.images))
+                if advances:
+                    self.advance(len(piece.images))
                 first = places.stop
 
     def every(self, values: list[Tensor], rows: list[NDArray[np.int64]], width: int) -> Tensor:

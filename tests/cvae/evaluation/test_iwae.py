@@ -79,7 +79,10 @@ class Alone(NamedTuple):
     def split(self) -> Tensor:
         return self.images
 
-    def parts(self) -> list[Part]:
+    def advance(self, images: float) -> None:
+        pass
+
+    def parts(self, advances: bool) -> list[Part]:
         n = len(self.images)
         noise = torch.zeros(n, *self.model.latent_shape)
         batch = MicroBatch(self.images, None, noise)
