@@ -14,6 +14,7 @@ import pandas as pd
 from analysis.intervals import Interval, changed_keys, compare, interval, paired_difference, usable
 from analysis.material import MEANING
 
+NOT_TESTED = "not tested"
 _SWEEP = "python workflows/sweep.py configs/sweeps"
 _COLUMNS = (
     "claim", "where", "verdict", "metric", "effect", "low", "high", "seeds", "setting", "why",
@@ -56,7 +57,7 @@ def _row(claim: Claim, runs: pd.DataFrame) -> dict[str, Any]:
     told: dict[str, Any] = {"claim": claim.claim, "where": claim.where}
     found = claim.find(runs) if len(runs) else None
     if found is None:
-        return {**told, "verdict": "not tested", "why": f"needs other runs: {claim.needs}"}
+        return {**told, "verdict": NOT_TESTED, "why": f"needs other runs: {claim.needs}"}
     mean, low, high, n = found.effect
     verdict = "one seed" if n == 1 else "not decided"
     if found.effect.decided:

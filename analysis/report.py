@@ -7,6 +7,7 @@ pictures in DIR/figures as PNG and SVG. Nothing is trained; drawing pictures tak
 at DIR already is replaced.
 """
 
+import argparse
 import sys
 import time
 import warnings
@@ -60,7 +61,11 @@ def main(arguments: list[str]) -> int:
     drawn, refused = _pictures(material)
     notes += [f"no pictures of {name}: {reason}" for name, reason in refused.items()]
     _write(
-        out, _title(options), material, drawn, " ".join(["python analysis/report.py", *arguments])
+        out,
+        _title(options, found),
+        material,
+        drawn,
+        " ".join(["python analysis/report.py", *arguments]),
     )
     for line in summary(material):
         print(line)
@@ -112,11 +117,12 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**mixed)
 
 
-def _title(options: object) -> str:
-    chosen = vars(options)
-    if chosen["sweep"]:
-        return f"Sweep {chosen['sweep']}"
-    return str(chosen["experiment"] or ", ".join(chosen["runs"]))
+def _title(options: argparse.Namespace, found: pd.DataFrame) -> str:
+    if options.sweep:
+        return f"Sweep {options.sweep}"
+    if options.experiment:
+        return str(options.experiment)
+    return ", ".join(found.index) if len(found) < 4 else f"{len(found)} runs"
 
 
 def _check_out(out: Path) -> None:

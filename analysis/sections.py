@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import figures
-from analysis.claims import judge
+from analysis.claims import NOT_TESTED, judge
 from analysis.intervals import compare, importance
 from analysis.intervals import summary as mean_and_se
 from analysis.material import MEANING, METRIC, Material
@@ -66,14 +66,17 @@ def summary(material: Material) -> list[str]:
 def sections(material: Material, drawn: Sequence[Picture]) -> Report:
     tables: dict[str, pd.DataFrame] = {}
     made: dict[str, Figure] = {}
+    claims = _claims(material, tables)
+    tested = not (tables["claims"]["verdict"] == NOT_TESTED).all()
     parts = [
-        _claims(material, tables),
+        *([claims] if tested else []),
         _overview(material, tables),
         _groups(material, tables),
         _ablations(material, tables),
         _curves(material, made),
         _search(material, made),
         Section("pictures", "Pictures", [picture(p.image, p.title, p.text) for p in drawn]),
+        *([] if tested else [claims]),
         _left_out(material),
         _provenance(material, tables),
     ]
@@ -103,6 +106,13 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     told = _missing(frame)
     for run, metrics in material.nan_metrics.items():
         told.loc[run, metrics] = math.nan
+    if len(told) == 1:
+        alone = pd.DataFrame(
+            {"": told.columns[1:], told["run"].iloc[0]: told.iloc[0, 1:].map(shown)}
+        )
+        return Section(
+            "runs", "The run", [table(alone, sortable=False)], "Metrics of the best epoch."
+        )
     return Section("runs", "Runs", [table(told, best=_best(material))], text)
 
 
