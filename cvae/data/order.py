@@ -47,15 +47,19 @@ class BatchOrder:
 
     def batch(self, step: int) -> Batch:
         """The batch of the optimizer step number `step`, counted from 0."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, offsets = np.divmod(positions, len(self.rows))
-        indices = np.concatenate(
-            [self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-        )
+        indices = np.concatenate([*self._pieces(step * self.batch_size, self.batch_size)])
         choice = _generator(self.seed, _CAPTION, step).random(self.batch_size)
         shape = (self.batch_size, *self.latent_shape)
         noise = _generator(self.seed, _NOISE, step).standard_normal(shape, dtype=np.float32)
         return Batch(indices, choice, noise)
+
+    def _pieces(self, first: int, n: int) -> Iterator[NDArray[np.int64]]:
+        """The n rows of the stream from its `first`-th on, epoch by epoch."""
+        while n > 0:
+            epoch, offset = divmod(first, len(self.rows))
+            piece = self._permutation(epoch)[offset : offset + n]
+            yield piece
+            first, n = first + len(piece), n - len(piece)
 
     def _draw_permutation(self, epoch: int) -> NDArray[np.int64]:
         return self.rows[_generator(self.seed, _ORDER, epoch).permutation(len(self.rows))]

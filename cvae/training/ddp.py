@@ -1,7 +1,9 @@
 """The DDP engine: one optimizer step over the ranks, and the state that makes it resumable."""
 
 import copy
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cvae.config import Experiment
 from cvae.data.feed import MicroBatch
+from cvae.errors import UserError
 from cvae.models.cvae import Cvae, Elbo
 from cvae.training import precision
 from cvae.training.adam import build_adam
@@ -39,6 +42,12 @@ class DdpEngine:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             # The argument has another name from torch 2.13 on, which warns of the old one.
             self.parallel.broadcast_buffers = False
+        # What evaluates and draws, in batches of other sizes, stays as it is.
+        self.is_compiled = experiment.training.compile
+        self.forward: Callable[..., Any] = self.parallel
+        if self.is_compiled:
+            _check_compiler(ranks.device)
+            self.forward = torch.compile(self.parallel, dynamic=False)
 
     @property
     def eval_model(self) -> Cvae:
@@ -48,31 +57,32 @@ class DdpEngine:
         return precision.autocast(self.precision, self.ranks.device)
 
     def settle(self, batch: Sequence[MicroBatch]) -> None:
-        """One throw-away backward pass, so that DDP lays out its buckets before the first step that counts.
+        """Throw-away backward passes, so that DDP lays out its buckets before the first step that counts.
 
         DDP orders its buckets anew after the first backward pass, and a gradient's place in a bucket decides
         the order in which a ring adds it up. Without this, the first step after a resume would be added up
-        in another order than the same step of a run that was never interrupted.
+        in another order than the same step of a run that was never interrupted. Compilation happens here too,
+        where no watchdog waits for a step.
         """
-        if self.parallel is not self.model:
+        if self.ranks.world_size > 1 or self.is_compiled:
             for _ in range(2):
                 torch.autograd.backward(self._loss(self._elbo(batch[0]), beta=1.0))
             self.optimizer.zero_grad()
 
     def step(self, batch: Sequence[MicroBatch], lr: float, beta: float) -> Tensor:
-        totals = torch.zeros(3, device=self.ranks.device)
+        parts = []
         for number, micro in enumerate(batch, start=1):
             with self._reduce_gradients(number == len(batch)):
                 elbo = self._elbo(micro)
                 loss = self._loss(elbo, beta)
                 torch.autograd.backward(self.scaler.scale(loss))
             with torch.no_grad():
-                recon_loss, kl, penalty = (part.sum() for part in elbo)
-                totals += torch.stack([recon_loss, kl, recon_loss + beta * penalty])
+                parts.append(torch.stack(elbo).sum(1))
+        recon_loss, kl, penalty = torch.stack(parts).sum(0) / self.batch_size
         if self.model.likelihood.is_adaptive:
-            self.model.observe(self.ranks.sum(totals[0].clone()) / self.batch_size)
+            self.model.observe(self.ranks.sum(recon_loss.clone()))
         norm = self._update(lr)
-        return torch.cat([totals / self.batch_size, norm.reshape(1)])
+        return torch.stack([recon_loss, kl, recon_loss + beta * penalty, norm])
 
     def snapshot(self, state: dict[str, Any]) -> Snapshot:
         tensors: dict[str, Tensors] = {
@@ -103,7 +113,7 @@ class DdpEngine:
 
     def _elbo(self, micro: MicroBatch) -> Elbo:
         with self.autocast():
-            elbo: Elbo = self.parallel(*micro)
+            elbo: Elbo = self.forward(*micro)
         return elbo
 
     def _loss(self, elbo: Elbo, beta: float) -> Tensor:
@@ -130,3 +140,13 @@ class DdpEngine:
         if self.ema is not None and self.ema_decay is not None:
             update_average(self.ema, self.model, self.ema_decay)
         return norm
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would find no compiler; for a GPU Triton brings its own."""
+    names = filter(None, [os.environ.get("CXX"), "g++", "clang++"])
+    if device.type == "cpu" and not any(map(shutil.which, names)):
+        raise UserError(
+            "training.compile = true needs a C++ compiler on a CPU, and there is no g++ here:"
+            " install one, or train with training.compile=false"
+        )

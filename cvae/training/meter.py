@@ -23,7 +23,7 @@ class Meter:
         self.model, self.experiment, self.ranks = model, experiment, ranks
         self.total_steps = total_steps
         self.bad_step: int | None = None
-        self._first_bad = torch.tensor(_NEVER, device=ranks.device)
+        self._noted: list[tuple[int, Tensor]] = []
         # With loss scaling an overflow of the gradient is expected: the scaler skips that update by itself.
         fp16 = ranks.device.type == "cuda" and experiment.training.precision in ("auto", "fp16")
         self._watched = slice(0, 3) if fp16 else slice(0, 4)
@@ -48,10 +48,9 @@ class Meter:
             yield item
 
     def note(self, step: int, sums: Tensor) -> None:
-        """Takes the result of DdpEngine.step; stays on the device."""
+        """Takes the result of Engine.step; it stays on the device, unread."""
         self._steps += 1
-        here = torch.where(sums[self._watched].isfinite().all(), _NEVER, step)
-        self._first_bad = torch.minimum(self._first_bad, here)
+        self._noted.append((step, sums))
 
     def is_due(self, step: int) -> bool:
         """Whether the training curve has a point at this step."""
@@ -61,8 +60,7 @@ class Meter:
 
     def read(self, step: int, sums: Tensor) -> dict[str, float]:
         """This step's metrics over the whole global batch; sets bad_step. All ranks call it together."""
-        first_bad = int(self.ranks.min(self._first_bad).item())
-        self.bad_step = None if first_bad == _NEVER else first_bad
+        self.bad_step = self._first_bad()
         recon_loss, kl, loss = self.ranks.sum(sums[:3].clone()).tolist()
         elapsed = time.perf_counter() - self._since
         batch_size = self.experiment.training.global_batch_size
@@ -79,3 +77,12 @@ class Meter:
         }
         self.restart()
         return metrics
+
+    def _first_bad(self) -> int | None:
+        """The first step since the last reading that is not finite on some rank."""
+        noted, self._noted = self._noted, []
+        # One look at all steps of the interval: one after each step would cost a small model some percent.
+        finite = torch.stack([sums[self._watched] for _, sums in noted]).isfinite().all(1)
+        steps = torch.tensor([step for step, _ in noted], device=finite.device)
+        first = int(self.ranks.min(torch.where(finite, _NEVER, steps).min()).item())
+        return None if first == _NEVER else first
