@@ -32,15 +32,17 @@ class RunDirectory:
         self.logs = path / "logs"
 
     @classmethod
-    def create(cls, name: str | None, experiment: Experiment) -> "RunDirectory":
+    def create(
+        cls, name: str | None, experiment: Experiment, folder: Path | None = None
+    ) -> "RunDirectory":
         """Makes a new run's folder with its experiment.yaml, whole or not at all.
 
-        name: None for the experiment's name and the time. Raises UserError where the name is taken or
-        malformed, or where the folder cannot be written.
+        name: None for the experiment's name and the time. folder: where, if not among the runs. Raises
+        UserError where the name is taken or malformed, or where the folder cannot be written.
         """
         check_new_name(name)
         name = name or free_name(experiment.name)
-        run = cls(paths.runs_dir() / name)
+        run = cls((folder or paths.runs_dir()) / name)
         nascent = run.path.with_name(f".{name}.{os.getpid()}.new")
         try:
             nascent.mkdir(parents=True)

@@ -1,0 +1,136 @@
+"""Measures how fast training is, beside its own limit and beside other loops, on the machine that trains.
+
+    python workflows/benchmark.py [EXPERIMENT …] [key=value …] [--nodes N --gpus G] [--cluster NAME]
+                                  [--against PEER …] [--coco DIR] [--rounds K] [--seconds S] [--out DIR]
+
+Every round measures each contestant once, in a process of its own; tables give the median over rounds, and
+ratios taken round by round. `loop` is the real training loop, `bare step` forward, backward and Adam on one
+resident batch. Results go to DIR/benchmark.md and .csv (after every round) and to MLflow's experiment "benchmark".
+"""
+
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from cvae import command_line
+from cvae.command_line import Parser, positive
+from cvae.config import Experiment, load_experiment
+from cvae.errors import UserError, did_you_mean
+from cvae.run_directory import free_name
+from slurm import cluster
+from slurm.cluster import Place, Placement
+from workflows.text import aligned
+
+_DEFAULT = ["configs/demo.yaml"]
+_PEERS = ["published", "tutorial", "diffusers", "diffusers-same"]
+
+
+def parser() -> Parser:
+    parser = Parser(prog="benchmark.py", description="How fast training is, beside other loops.")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="EXPERIMENT | key=value",
+        help="experiments' YAML files (default: the demo), and values that replace theirs, as"
+        " training.precision=bf16",
+    )
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
+    parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
+    parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
+    parser.add_argument(
+        "--against", nargs="*", metavar="PEER", help=f"default: all that fit; {', '.join(_PEERS)}"
+    )
+    parser.add_argument(
+        "--coco",
+        type=Path,
+        metavar="DIR",
+        help="an official download, whose JPEGs `published` reads",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, metavar="K")
+    parser.add_argument("--seconds", type=positive, default=8, metavar="S", help="a measurement")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: reports/benchmark-<time>")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    files = [word for word in options.words if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in options.words if word not in files]
+    experiments = {
+        Path(file).stem: load_experiment(Path(file), overrides) for file in files or _DEFAULT
+    }
+    asked = cluster.split(options.nodes, options.gpus or options.nodes)
+    coco: Path | None = options.coco
+    if coco is not None and not (coco / "annotations").is_dir():
+        raise UserError(
+            f"--coco {coco}: has no folder annotations; give an official MS COCO download"
+        )
+    peers = {name: _peers(made, options.against, coco) for name, made in experiments.items()}
+    out = options.out or Path("reports") / free_name("benchmark", Path("reports"))
+    from workflows.plan import locate  # torch: seconds
+
+    place, placement, facts = locate(asked, options.cluster, dry=False)
+    print(aligned([("benchmark", ", ".join(experiments)), *facts]), flush=True)
+    command = shlex.join(["python", "workflows/benchmark.py", *arguments])
+    _measure(experiments, peers, place, placement, options, out, command)
+    print((out / "benchmark.md").read_text())
+    print(out / "benchmark.md")
+    return 0
+
+
+def _peers(experiment: Experiment, wanted: list[str] | None, coco: Path | None) -> list[str]:
+    from workflows.benchmarks.peers import PEERS
+
+    for name in wanted or []:
+        if name not in PEERS:
+            raise UserError(f"--against {name}: no such peer{did_you_mean(name, list(PEERS))}")
+    if "published" in (wanted or []) and coco is None:
+        raise UserError("--against published reads JPEGs: give --coco DIR, an official download")
+    return [
+        name
+        for name, peer in PEERS.items()
+        if peer.fits(experiment)
+        and (wanted is None or name in wanted)
+        and (coco is not None or not peer.needs_coco)
+    ]
+
+
+def _measure(
+    experiments: dict[str, Experiment],
+    peers: dict[str, list[str]],
+    place: Place,
+    placement: Placement,
+    options: object,
+    out: Path,
+    command: str,
+) -> None:
+    from cvae.data.building import progress_bar
+    from workflows.benchmarks import results
+    from workflows.benchmarks.rounds import Bench
+    from workflows.benchmarks.series import series
+
+    chosen = vars(options)
+    machine = f"{results.this_machine()}; {place.why}" if place.name else results.this_machine()
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
+    bench = Bench(place, scratch, chosen["seconds"], chosen["coco"])
+    rows: list[results.Row] = []
+    for name, experiment in experiments.items():
+        with progress_bar(0, "measurement", name) as bar:
+            for found in series(
+                bench, name, experiment, peers[name], placement, chosen["rounds"], bar
+            ):
+                results.write([*rows, *found], out, machine, command)
+            rows += found
+    # Only where all went well: else the jobs' logs tell why.
+    shutil.rmtree(scratch)
+    try:
+        results.to_mlflow(rows, out, machine, command)
+    except Exception as error:  # the table is there; MLflow may be away
+        print(f"note: MLflow was not told: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

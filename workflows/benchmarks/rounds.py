@@ -1,0 +1,122 @@
+"""Contestants on one machine, one after the other, round by round: its drift meets all of them alike."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cvae.code_snapshot import Snapshot
+from cvae.config import Experiment
+from cvae.errors import UserError
+from cvae.run_directory import RunDirectory
+from cvae.training import journal
+from slurm import queue
+from slurm.cluster import Place, Placement
+from slurm.evidence import first_failure
+from slurm.executors import Job
+from workflows.benchmarks import starts
+from workflows.submission import TRAIN, job_environment, submitted
+from workflows.text import shown
+
+MEASURE = "workflows.benchmarks.contestants:measure"
+_POLL_S = 0.2
+_POINTS = 8
+_FIRST_POINTS = 2  # start-up, and what warms up
+
+
+@dataclass
+class Bench:
+    """Where and how long is measured; `folder` keeps every job's files and logs."""
+
+    place: Place
+    folder: Path
+    seconds: float
+    coco: Path | None = None
+    _jobs: int = field(default=0, init=False)
+
+    def contestant(self, name: str, run: RunDirectory) -> dict[str, Any]:
+        """What contestants.measure told."""
+        result = self._new(name.replace(" ", "-")) / "result.json"
+        arguments = (name, str(run.experiment_file), self.seconds, self.coco, result)
+        self._run(MEASURE, arguments, result.parent, Placement(1, 1), {})
+        told: dict[str, Any] = json.loads(result.read_text())
+        return told
+
+    def loop(
+        self,
+        experiment: Experiment,
+        placement: Placement,
+        images_per_second: float,
+        saves: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> dict[str, float]:
+        """A run of the real training loop, without MLflow, for about so long as images_per_second foretells.
+
+        Returns images_per_second and data_wait_share; with `saves` checkpoint_stall_s.
+        """
+        batch_size = experiment.training.global_batch_size
+        steps = max(_POINTS, round(self.seconds * images_per_second / batch_size))
+        every = -(-steps // (_POINTS - _FIRST_POINTS))
+        training = experiment.training.model_copy(
+            update={"max_steps": _POINTS * every, "epochs": 1e9, "eval_every": 10**9}
+            | {"log_every": every}
+        )
+        checkpoint = experiment.checkpoint.model_copy(
+            update={"every_steps": every if saves else None}
+        )
+        made = experiment.model_copy(update={"training": training, "checkpoint": checkpoint})
+        run = RunDirectory.create("run", made, self._new("loop"))
+        self._run(TRAIN, (run.path, False), run.logs, placement, env or {})
+        lines = journal.read(run.journal_file)[0]
+        points = [line for line in lines if line["kind"] == "step"]
+        told = rates([point["metrics"] for point in points[_FIRST_POINTS:]])
+        stalls = [line["stall_s"] for line in lines if line["kind"] == "checkpoint"]
+        if saves:
+            # The first one also makes the buffers that it copies to.
+            told["checkpoint_stall_s"] = sorted(stalls[1:])[len(stalls[1:]) // 2]
+        return told
+
+    def launch(self, run: RunDirectory, placement: Placement) -> float:
+        """Seconds from launch.py to the first step."""
+        folder = self._new("launch")
+        return starts.launch(folder / "home", run.experiment_file, self.place, placement)
+
+    def write(self, experiment: Experiment) -> RunDirectory:
+        """The experiment as a file that the jobs read."""
+        return RunDirectory.create("experiment", experiment, self._new("experiment"))
+
+    def _run(
+        self,
+        target: str,
+        arguments: tuple[Any, ...],
+        logs: Path,
+        placement: Placement,
+        env: dict[str, str],
+    ) -> None:
+        """Raises UserError with the failure's own words."""
+        environment = {**job_environment(Snapshot().write()), **env}
+        job = Job("benchmark", logs, target, arguments, environment)
+        with submitted(job, self.place, placement, placement.world_size) as submission:
+            while queue.look(submission).phase != "ended":
+                time.sleep(_POLL_S)
+        if (failure := first_failure(logs, submission.job_id)) is not None:
+            raise UserError(
+                f"{target.partition(':')[0]} failed: {failure}; log: {shown(failure.log)}"
+            )
+
+    def _new(self, name: str) -> Path:
+        self._jobs += 1
+        folder = self.folder / f"{self._jobs:03}-{name}"
+        folder.mkdir(parents=True)
+        return folder
+
+
+def rates(points: list[dict[str, float]]) -> dict[str, float]:
+    """Over intervals of equally many steps: mean rate of all images, share of all the time."""
+    seconds = [1 / point["train/images_per_second"] for point in points]
+    waited = sum(t * p["train/data_wait_share"] for t, p in zip(seconds, points, strict=True))
+    return {
+        "images_per_second": len(points) / sum(seconds),
+        "data_wait_share": waited / sum(seconds),
+    }
