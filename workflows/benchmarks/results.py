@@ -48,9 +48,15 @@ def ratio(rows: list[Row], over: Row, under: Row, name: str) -> None:
 def markdown(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in table.itertuples(index=False):
-        cells = [f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+        cells = [_shown(cell) if isinstance(cell, float) else str(cell) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: float) -> str:
+    if value >= 1e9:
+        return f"{value / 1e9:,.0f} G"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def write(rows: list[Row], out: Path, machine: str, command: str) -> None:

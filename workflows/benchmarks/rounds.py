@@ -1,7 +1,9 @@
 """Contestants on one machine, one after the other, round by round: its drift meets all of them alike."""
 
 import json
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from workflows.submission import TRAIN, job_environment, submitted
 from workflows.text import shown
 
 MEASURE = "workflows.benchmarks.contestants:measure"
-_POLL_S = 0.2
+# Looking at a job costs some milliseconds of the cores that are measured.
+_POLL_S = 1.0
 _POINTS = 8
 _FIRST_POINTS = 2  # start-up, and what warms up
 
@@ -59,22 +62,29 @@ class Bench:
         steps = max(_POINTS, round(self.seconds * images_per_second / batch_size))
         every = -(-steps // (_POINTS - _FIRST_POINTS))
         training = experiment.training.model_copy(
-            update={"max_steps": _POINTS * every, "epochs": 1e9, "eval_every": 10**9}
-            | {"log_every": every}
+            update={"max_steps": None, "epochs": 1e9, "eval_every": 10**9} | {"log_every": every}
         )
         checkpoint = experiment.checkpoint.model_copy(
             update={"every_steps": every if saves else None}
         )
         made = experiment.model_copy(update={"training": training, "checkpoint": checkpoint})
         run = RunDirectory.create("run", made, self._new("loop"))
-        self._run(TRAIN, (run.path, False), run.logs, placement, env or {})
-        lines = journal.read(run.journal_file)[0]
-        points = [line for line in lines if line["kind"] == "step"]
+
+        def found(kind: str) -> list[dict[str, Any]]:
+            return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
+
+        def is_enough() -> bool:
+            return len(found("step")) > _POINTS and (
+                not saves or len(found("checkpoint")) > _POINTS // 2
+            )
+
+        self._run(TRAIN, (run.path, False), run.logs, placement, env or {}, is_enough)
+        points = found("step")
         told = rates([point["metrics"] for point in points[_FIRST_POINTS:]])
-        stalls = [line["stall_s"] for line in lines if line["kind"] == "checkpoint"]
         if saves:
             # The first one also makes the buffers that it copies to.
-            told["checkpoint_stall_s"] = sorted(stalls[1:])[len(stalls[1:]) // 2]
+            stalls = [line["stall_s"] for line in found("checkpoint")[1:]]
+            told["checkpoint_stall_s"] = statistics.median(stalls)
         return told
 
     def launch(self, run: RunDirectory, placement: Placement) -> float:
@@ -93,12 +103,16 @@ class Bench:
         logs: Path,
         placement: Placement,
         env: dict[str, str],
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises UserError with the failure's own words."""
+        """Until it ends, or is_enough. Raises UserError with the failure's own words."""
         environment = {**job_environment(Snapshot().write()), **env}
         job = Job("benchmark", logs, target, arguments, environment)
         with submitted(job, self.place, placement, placement.world_size) as submission:
             while queue.look(submission).phase != "ended":
+                if is_enough():
+                    queue.end(submission, 0, lambda _: None)
+                    return
                 time.sleep(_POLL_S)
         if (failure := first_failure(logs, submission.job_id)) is not None:
             raise UserError(
