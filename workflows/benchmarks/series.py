@@ -62,13 +62,18 @@ def series(
 
 
 def _scaling(placement: Placement) -> list[Placement]:
-    """1, 2, 4 … ranks up to the placement, nodes filled one after the other; none for a single rank."""
+    """1, 2, 4 … ranks of one node, then 2, 4 … whole nodes; none for a single rank."""
     if placement.world_size == 1:
         return []
-    powers = [2**n for n in range(placement.world_size.bit_length())]
-    counts = sorted({n for n in powers if n < placement.world_size} | {placement.world_size})
-    here = placement.ranks_per_node
-    return [Placement(1, n) if n <= here else Placement(n // here, here) for n in counts]
+    nodes, here = placement
+    return [Placement(1, n) for n in _doubled(here)] + [
+        Placement(n, here) for n in _doubled(nodes)[1:]
+    ]
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4 … and `most`."""
+    return sorted({2**n for n in range(most.bit_length()) if 2**n < most} | {most})
 
 
 def _scale(
