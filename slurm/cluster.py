@@ -62,6 +62,14 @@ class ClusterConfig(Strict):
         description="a rank that is not heard of, or makes no step, for so long ends the job's try",
     )
     exclusive: bool = Field(False, description="whole nodes, shared with nobody")
+    tflops_per_gpu: float | None = Field(
+        None,
+        gt=0,
+        description="what training reaches on one GPU, as benchmark.py measures it (loop/FLOP/s); with"
+        " it the plan tells how long a run should take",
+    )
+    inside_gbyte_s: float = Field(50, gt=0, description="of the links inside a node, GB/s one way")
+    between_gbit_s: float = Field(100, gt=0, description="of a node's link to others, Gb/s one way")
     setup: list[str] = Field([], description="shell lines before srun, as `module load cuda/12.6`")
     env: dict[str, str] = Field({}, description="environment variables of the ranks")
 

@@ -14,6 +14,7 @@ from slurm.cluster import Place, Placement
 from slurm.executors import Job
 from workflows.follow import open_mlflow
 from workflows.grace import expected_save_s, grace_fact
+from workflows.scale import expected_fact
 from workflows.submission import job_of
 from workflows.text import Fact, aligned, clock, count, shown
 
@@ -113,6 +114,9 @@ def _facts_of(experiment: Experiment, place: Place, placement: Placement, asks: 
     total = experiment.total_steps(len(data.train_rows))
     epochs = total * batch / len(data.train_rows)
     settings = experiment.data
+    expected = expected_fact(
+        place.config, placement, experiment, data.image_shape, data.condition_dim, total
+    )
     used = f"{len(data.train_rows):,} of " if settings.fraction < 1 else ""
     return [
         ("batch", _batch(batch, world_size, training.micro_batch_size)),
@@ -124,6 +128,7 @@ def _facts_of(experiment: Experiment, place: Place, placement: Placement, asks: 
             f" {used}{len(data.train):,}, {settings.val} {len(data.val):,}; digest {data.digest[:12]}",
         ),
         ("engine", _engine(training)),
+        *([("expected", expected)] if expected else []),
         ("precision", _precision(training.precision, place)),
         *([grace_fact(place, expected_save_s(experiment, data), "expected")] if asks else []),
     ]
