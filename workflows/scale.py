@@ -58,7 +58,7 @@ def expected_fact(
     """For the plan; None where the cluster's file does not say how quick its GPUs are."""
     if config.tflops_per_gpu is None:
         return None
-    parameters, flops = _work(experiment, shape, condition_dim)
+    parameters, flops = work(experiment, shape, condition_dim)
     batch_size = experiment.training.global_batch_size
     found = expect(
         placement,
@@ -76,7 +76,7 @@ def expected_fact(
     )
 
 
-def _work(experiment: Experiment, shape: ImageShape, condition_dim: int) -> tuple[int, float]:
+def work(experiment: Experiment, shape: ImageShape, condition_dim: int) -> tuple[int, float]:
     """Parameters, and floating point operations an image of a training step, counted without computing."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -197,6 +197,15 @@ class Node(Host):
         of slurmd makes that seconds)."""
         self.controller.run("ip", "link", "set", self.name, "up")
 
+    def throttle_link(self, mbit_s: float | None) -> None:
+        """Limits what the host receives, in Mb/s; None: no limit."""
+        queue = ["tc", "qdisc", "replace", "dev", self.name, "root"]
+        if mbit_s is None:
+            self.controller.run(*queue, "pfifo_fast")
+        else:
+            shape = ["tbf", "rate", f"{mbit_s}mbit", "burst", "128kb", "latency", "200ms"]
+            self.controller.run(*queue, *shape)
+
     def start_slurmd(self) -> None:
         log = self.state / "log" / f"slurmd-{self.name}.log"
         self.run("slurmd", log=log, SLURM_CONF=str(self.state / "slurm.conf"))

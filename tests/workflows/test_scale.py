@@ -19,7 +19,9 @@ def test_without_links_between_them_ranks_add_up() -> None:
     found = expect(Placement(2, 4), 64, 100.0, 1e9, _FAST, _FAST)
     assert found == pytest.approx((800.0, 1.0))
     # Ten images over four ranks: the one with three sets the pace.
-    assert expect(Placement(1, 4), 10, 1.0, 1e9, _FAST, _FAST).images_per_second == pytest.approx(10 / 3)
+    assert expect(Placement(1, 4), 10, 1.0, 1e9, _FAST, _FAST).images_per_second == pytest.approx(
+        10 / 3
+    )
 
 
 def test_a_slow_link_alone_sets_the_pace() -> None:
