@@ -1,11 +1,13 @@
 """A model of scale: how long a step takes on many GPUs, from one GPU's rate and the links between them."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cvae.config import Experiment
-from cvae.models.backbone import ImageShape
 from slurm.cluster import ClusterConfig, Placement
 from workflows.text import duration
+
+if TYPE_CHECKING:  # torch: seconds
+    from cvae.models.backbone import ImageShape
 
 # DDP adds up gradients in buckets of so many bytes, the last layers' first: all but the last bucket may travel
 # while the backward pass goes on.
@@ -51,7 +53,7 @@ def expected_fact(
     config: ClusterConfig,
     placement: Placement,
     experiment: Experiment,
-    shape: ImageShape,
+    shape: "ImageShape",
     condition_dim: int,
     total_steps: int,
 ) -> str | None:
@@ -76,7 +78,7 @@ def expected_fact(
     )
 
 
-def work(experiment: Experiment, shape: ImageShape, condition_dim: int) -> tuple[int, float]:
+def work(experiment: Experiment, shape: "ImageShape", condition_dim: int) -> tuple[int, float]:
     """Parameters, and floating point operations an image of a training step, counted without computing."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
