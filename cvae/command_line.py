@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cvae.errors import UserError
@@ -35,6 +36,12 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def files_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line that name files, and those of the form key=value."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    return files, [word for word in words if word not in files]
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:

@@ -8,14 +8,15 @@ ratios taken round by round. `loop` is the real training loop, `bare step` forwa
 resident batch. Results go to DIR/benchmark.md and .csv (after every round) and to MLflow's experiment "benchmark".
 """
 
+import argparse
 import shlex
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from cvae import command_line
-from cvae.command_line import Parser, positive
+from cvae import command_line, paths
+from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError, did_you_mean
 from cvae.run_directory import free_name
@@ -23,7 +24,7 @@ from slurm import cluster
 from slurm.cluster import Place, Placement
 from workflows.text import aligned
 
-_DEFAULT = ["configs/demo.yaml"]
+_DEFAULT = [str(paths.PROJECT_ROOT / "configs" / "demo.yaml")]
 _PEERS = ["published", "tutorial", "diffusers", "diffusers-same"]
 
 
@@ -56,8 +57,7 @@ def parser() -> Parser:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
-    files = [word for word in options.words if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in options.words if word not in files]
+    files, overrides = files_and_overrides(options.words)
     experiments = {
         Path(file).stem: load_experiment(Path(file), overrides) for file in files or _DEFAULT
     }
@@ -102,7 +102,7 @@ def _measure(
     peers: dict[str, list[str]],
     place: Place,
     placement: Placement,
-    options: object,
+    options: argparse.Namespace,
     out: Path,
     command: str,
 ) -> None:
@@ -111,16 +111,15 @@ def _measure(
     from workflows.benchmarks.rounds import Bench
     from workflows.benchmarks.series import series
 
-    chosen = vars(options)
     machine = f"{results.this_machine()}; {place.why}" if place.name else results.this_machine()
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
-    bench = Bench(place, scratch, chosen["seconds"], chosen["coco"])
+    bench = Bench(place, scratch, options.seconds, options.coco)
     rows: list[results.Row] = []
     for name, experiment in experiments.items():
         with progress_bar(0, "measurement", name) as bar:
             for found in series(
-                bench, name, experiment, peers[name], placement, chosen["rounds"], bar
+                bench, name, experiment, peers[name], placement, options.rounds, bar
             ):
                 results.write([*rows, *found], out, machine, command)
             rows += found

@@ -10,7 +10,7 @@ the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ct
 from pathlib import Path
 
 from cvae import command_line, paths
-from cvae.command_line import Parser, positive
+from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.run_directory import free_name, telling_name
@@ -63,8 +63,7 @@ def parser() -> Parser:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
-    files = [word for word in options.words if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in options.words if word not in files]
+    files, overrides = files_and_overrides(options.words)
     if options.engine:
         overrides.append(f"training.engine={options.engine}")
     if len(files) > 1:

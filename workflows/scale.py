@@ -12,9 +12,8 @@ if TYPE_CHECKING:  # torch: seconds
 # DDP adds up gradients in buckets of so many bytes, the last layers' first: all but the last bucket may travel
 # while the backward pass goes on.
 _BUCKET_BYTES = 25 * 2**20
-_FORWARD_SHARE = (
-    1 / 3
-)  # of a step's operations; the backward pass has two products for each of its one
+# Of a step's operations: the backward pass has two products for each of the forward's one.
+_FORWARD_SHARE = 1 / 3
 
 
 class Expected(NamedTuple):
@@ -60,12 +59,12 @@ def expected_fact(
     """For the plan; None where the cluster's file does not say how quick its GPUs are."""
     if config.tflops_per_gpu is None:
         return None
-    parameters, flops = work(experiment, shape, condition_dim)
+    parameters, operations = work(experiment, shape, condition_dim)
     batch_size = experiment.training.global_batch_size
     found = expect(
         placement,
         batch_size,
-        config.tflops_per_gpu * 1e12 / flops,
+        config.tflops_per_gpu * 1e12 / operations,
         4 * parameters,
         config.inside_gbyte_s * 1e9,
         config.between_gbit_s * 1e9 / 8,
@@ -81,16 +80,18 @@ def expected_fact(
 def work(experiment: Experiment, shape: "ImageShape", condition_dim: int) -> tuple[int, float]:
     """Parameters, and floating point operations an image of a training step, counted without computing."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from cvae.models.cvae import build_model
+    from workflows.benchmarks.timing import flops
 
     with torch.device("meta"):
         model = build_model(experiment.model, shape, condition_dim, experiment.seed)
         images = torch.zeros(1, *shape, dtype=torch.uint8)
         condition = torch.zeros(1, condition_dim) if condition_dim else None
         noise = torch.zeros(1, *model.latent_shape)
-        with FlopCounterMode(display=False) as counter:
+
+        def step() -> None:
             elbo = model(images, condition, noise)
             torch.autograd.backward((elbo.recon_loss + elbo.kl_penalty).sum())
-    return model.n_parameters(), counter.get_total_flops()
+
+        return model.n_parameters(), flops(step)

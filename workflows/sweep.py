@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cvae import command_line, paths
-from cvae.command_line import Parser, positive
+from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
@@ -72,8 +72,7 @@ def main(arguments: list[str]) -> int:
         return _cancel(SweepDirectory.open(options.cancel))
     if options.resume:
         return _resume(SweepDirectory.open(options.resume), options)
-    files = [word for word in options.words if "=" not in word or Path(word).is_file()]
-    overrides = [word for word in options.words if word not in files]
+    files, overrides = files_and_overrides(options.words)
     if len(files) != 1:
         raise UserError("name one sweep file, as configs/sweeps/demo.yaml; overrides are key=value")
     check_new_name(options.name)

@@ -17,6 +17,7 @@ from cvae.training import precision
 from cvae.training.adam import build_adam
 from cvae.training.ranks import connect
 from workflows.benchmarks import timing
+from workflows.scale import work
 
 
 class Subject(NamedTuple):
@@ -55,10 +56,8 @@ def measure(name: str, experiment: str, seconds: float, coco: Path | None, resul
             "peak_memory_bytes": timing.peak_memory(ranks.device),
         }
         if name == BARE:
-            plainly = plan.training.model_copy(update={"compile": False})
-            eager = plan.model_copy(update={"training": plainly})
-            one = bare(subject._replace(experiment=eager))
-            told["flops_per_image"] = timing.flops(one.step) / one.batch_size
+            data = subject.data
+            told["flops_per_image"] = work(plan, data.image_shape, data.condition_dim)[1]
             told["peaks"] = timing.peaks(chosen, ranks.device)
             told["precision"] = chosen
     write_atomically(result, json.dumps(told))
