@@ -1,4 +1,4 @@
-"""Batches on their way to the device: gathered from the memory map one step ahead of the training loop."""
+"""Batches on their way to the device: gathered from the memory map some steps ahead of the training loop."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from cvae.data.order import Batch, BatchOrder
 from cvae.data.store import Split
 
 _AHEAD = 2
+# Small batches are made by the dozen: each of them then costs less, and so does the waking of the thread.
+_BLOCK, _BLOCK_BYTES = 16, 4 << 20
 
 
 class MicroBatch(NamedTuple):
@@ -41,7 +43,7 @@ def micro_batches(
         condition = data.condition(split, indices, batch.caption_choice[part])
         pieces.append(
             MicroBatch(
-                _to(device, np.asarray(split.images[indices])),
+                _to(device, split.images.take(indices, axis=0)),
                 None if condition is None else _to(device, condition),
                 _to(device, batch.noise[part]),
             )
@@ -59,17 +61,22 @@ def training_feed(
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches for each of `steps`, prepared in a thread while the device computes."""
 
-    def prepare(step: int) -> list[MicroBatch]:
-        return micro_batches(data, data.train, order.batch(step), share, micro_batch_size, device)
+    def prepare(block: range) -> list[list[MicroBatch]]:
+        return [
+            micro_batches(data, data.train, order.batch(step), share, micro_batch_size, device)
+            for step in block
+        ]
 
+    n_bytes = (share.stop - share.start) * data.train.images[0].nbytes
+    size = max(1, min(_BLOCK, _BLOCK_BYTES // max(1, n_bytes)))
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
-        ahead: deque[Future[list[MicroBatch]]] = deque()
-        for step in steps:
-            ahead.append(thread.submit(prepare, step))
+        ahead: deque[Future[list[list[MicroBatch]]]] = deque()
+        for start in range(steps.start, steps.stop, size):
+            ahead.append(thread.submit(prepare, range(start, min(start + size, steps.stop))))
             if len(ahead) > _AHEAD:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
         while ahead:
-            yield ahead.popleft().result()
+            yield from ahead.popleft().result()
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:

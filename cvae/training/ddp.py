@@ -44,10 +44,10 @@ class DdpEngine:
             self.parallel.broadcast_buffers = False
         # What evaluates and draws, in batches of other sizes, stays as it is.
         self.is_compiled = experiment.training.compile
-        self.forward: Callable[..., Any] = self.parallel
+        self.objective: Callable[..., tuple[Tensor, Tensor]] = self._objective
         if self.is_compiled:
             _check_compiler(ranks.device)
-            self.forward = torch.compile(self.parallel, dynamic=False)
+            self.objective = torch.compile(self._objective, dynamic=False)
 
     @property
     def eval_model(self) -> Cvae:
@@ -66,23 +66,23 @@ class DdpEngine:
         """
         if self.ranks.world_size > 1 or self.is_compiled:
             for _ in range(2):
-                torch.autograd.backward(self._loss(self._elbo(batch[0]), beta=1.0))
+                torch.autograd.backward(self.objective(batch[0], torch.tensor(1.0))[0])
             self.optimizer.zero_grad()
 
     def step(self, batch: Sequence[MicroBatch], lr: float, beta: float) -> Tensor:
-        parts = []
+        # A tensor: a number would be compiled into the graph, and anew whenever it changes.
+        weight = torch.tensor(beta)
+        totals: Tensor | None = None
         for number, micro in enumerate(batch, start=1):
             with self._reduce_gradients(number == len(batch)):
-                elbo = self._elbo(micro)
-                loss = self._loss(elbo, beta)
+                loss, sums = self.objective(micro, weight)
                 torch.autograd.backward(self.scaler.scale(loss))
-            with torch.no_grad():
-                parts.append(torch.stack(elbo).sum(1))
-        recon_loss, kl, penalty = torch.stack(parts).sum(0) / self.batch_size
+            totals = sums if totals is None else totals + sums
+        assert totals is not None
         if self.model.likelihood.is_adaptive:
-            self.model.observe(self.ranks.sum(recon_loss.clone()))
+            self.model.observe(self.ranks.sum(totals[0].clone()))
         norm = self._update(lr)
-        return torch.stack([recon_loss, kl, recon_loss + beta * penalty, norm])
+        return torch.cat([totals, norm.reshape(1)])
 
     def snapshot(self, state: dict[str, Any]) -> Snapshot:
         tensors: dict[str, Tensors] = {
@@ -111,15 +111,15 @@ class DdpEngine:
         if self.scaler.is_enabled() and snapshot.state["loss_scale"]:
             self.scaler.load_state_dict(snapshot.state["loss_scale"])
 
-    def _elbo(self, micro: MicroBatch) -> Elbo:
+    def _objective(self, micro: MicroBatch, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """What is differentiated; and (3,), sums of recon_loss, kl and loss over the global batch size."""
         with self.autocast():
-            elbo: Elbo = self.forward(*micro)
-        return elbo
-
-    def _loss(self, elbo: Elbo, beta: float) -> Tensor:
+            elbo: Elbo = self.parallel(*micro)
+        recon_loss, kl, penalty = (part.sum() for part in elbo)
+        loss = recon_loss + beta * penalty
+        sums = torch.stack([recon_loss, kl, loss]).detach() / self.batch_size
         # DDP divides the gradients' sum by the number of ranks; what is wanted is the sum.
-        scale = self.ranks.world_size / self.batch_size
-        return (elbo.recon_loss + beta * elbo.kl_penalty).sum() * scale
+        return loss * (self.ranks.world_size / self.batch_size), sums
 
     def _reduce_gradients(self, now: bool) -> AbstractContextManager[Any]:
         if now or not isinstance(self.parallel, DistributedDataParallel):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def main(run_dir: Path) -> int:
     """Follows the journal until standard input says or is at its end; exit status 0: all is there."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
+    step_back()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     prepare_mlflow()
     from cvae.training.mlflow_push import Pusher
@@ -140,6 +140,14 @@ def main(run_dir: Path) -> int:
         except UserError as error:
             _log.error("error: %s", error)
             return 2
+
+
+def step_back() -> None:
+    """Leaves the cores to others: what follows is no hurry."""
+    os.nice(10)
+    # Linux weighs sessions against each other, and only within one by its processes' niceness.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("10")
 
 
 def _follow(pusher: "Pusher") -> int:

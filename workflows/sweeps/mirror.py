@@ -4,7 +4,6 @@ As a run's own mirror it may lag, die or be killed at any moment: the next one g
 """
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ _log = logging.getLogger(__name__)
 def main(folder: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
+    mlflow_mirror.step_back()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     mlflow_mirror.prepare_mlflow()
     from workflows.sweeps.mlflow_parent import SweepMirror

@@ -3,9 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
+from cvae.config import Experiment
+from cvae.data.experiment_data import open_data
+from cvae.data.feed import micro_batches
+from cvae.data.order import BatchOrder
+from cvae.models.cvae import build_model
+from cvae.training.engine import build_engine
+from cvae.training.ranks import Ranks
 from tests import engine_proofs
-from tests.conftest import write_store
+from tests.conftest import tiny_experiment, write_store
 from tests.engine_proofs import job, plain
 
 
@@ -23,3 +32,22 @@ def test_compiled_steps_follow_plain_ones_on_two_ranks(
     assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-5)
     # Other kernels: had nothing been compiled, not a bit would differ.
     assert found["compiled"]["losses"] != found["plain"]["losses"]
+
+
+def test_another_beta_is_no_other_graph(tiny_store: Path) -> None:
+    """As in a warm-up of beta, where each step has its own."""
+    experiment = Experiment.model_validate(tiny_experiment(precision="fp32", compile=True))
+    data = open_data(experiment)
+    model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
+    engine = build_engine(model, experiment, Ranks(0, 1, torch.device("cpu"), None))
+    size = experiment.training.global_batch_size
+    order = BatchOrder(experiment.seed, data.train_rows, size, model.latent_shape)
+    batch = micro_batches(
+        data, data.train, order.batch(0), slice(0, size), None, torch.device("cpu")
+    )
+    engine.settle(batch)
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    losses = [engine.step(batch, 1e-3, beta)[2] for beta in (0.0, 0.25, 0.5, 1.0)]
+    assert counters["stats"]["unique_graphs"] == before
+    assert losses[0] < losses[-1]
