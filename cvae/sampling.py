@@ -98,7 +98,7 @@ class Trained:
         assert name is not None
         assert self.encoder_source is not None
         assert self.encoder_entry is not None
-        encoder = load_encoder(self.encoder_source)
+        encoder = load_encoder(self.encoder_source, self.encoder_entry.precision)
         if self.run is None:  # a copy knows neither its name nor minilm's shorter limit
             encoder = replace(encoder, name=name, max_tokens=self.encoder_entry.max_tokens)
         if difference := encoder.difference(self.encoder_entry):

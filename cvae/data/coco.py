@@ -24,6 +24,7 @@ from cvae.data.embedding import CaptionParts
 from cvae.data.filling import Plan
 from cvae.data.store import (
     Manifest,
+    Precision,
     Skipped,
     SplitManifest,
     Store,
@@ -47,13 +48,15 @@ def prepare_coco(
     text_encoder: str = MINILM,
     dataset: str = "coco",
     crop: bool = False,
+    text_precision: Precision = "fp32",
     fill: Callable[[Plan], None] | None = None,
 ) -> Prepared:
     """Prepares <dataset>-<image_size> from <root>/<folder>/ and <root>/annotations/captions_*.json.
 
     splits: folder of each split. crop: cuts the centre square of each image instead of squeezing the
-    whole. A store that is there is added to: splits and encoders that it lacks are made, the others
-    left as they are. Killed at any moment and started again, it ends in the same bytes.
+    whole. text_precision: see load_encoder. A store that is there is added to: splits and encoders that
+    it lacks are made, the others left as they are. Killed at any moment and started again, it ends in
+    the same bytes.
 
     fill: is given the plan of what is to be decoded and encoded, and may have others fill parts of it,
     through cvae.data.filling.fill_parts; what it leaves to do is done here. The bytes are the same.
@@ -85,6 +88,7 @@ def prepare_coco(
         check_same_resize(path, manifest, RESIZE[crop])
         for name in splits:
             check_same_source(path, manifest, name, sources[name])
+        _check_same_precision(path, manifest, text_encoder, text_precision)
         vectors = text_file(text_encoder)
         bare = [
             name
@@ -93,7 +97,7 @@ def prepare_coco(
         ]
         if not bare:
             return Prepared(Store(path), made=False)
-        encoder = load_encoder(text_encoder)
+        encoder = load_encoder(text_encoder, text_precision)
         entry = _encoder_entry(path, manifest, encoder)
 
         images = {}
@@ -150,6 +154,18 @@ def check_same_source(path: Path, manifest: Manifest, split: str, source: dict[s
         f"{path} has a split '{split}' made from something else ({changed} differ); "
         "delete that folder to prepare it anew"
     )
+
+
+def _check_same_precision(
+    path: Path, manifest: Manifest, text_encoder: str, precision: Precision
+) -> None:
+    """Raises UserError when the store holds the encoder's vectors in another precision."""
+    entry = manifest.text_encoders.get(text_encoder)
+    if entry is not None and entry.precision != precision:
+        raise UserError(
+            f"{path} was encoded by '{text_encoder}' in {entry.precision}, asked for is {precision};"
+            " delete that folder to prepare it anew, or set CVAE_HOME to keep both"
+        )
 
 
 def _source(folder: str, annotations: Annotations, crop: bool) -> dict[str, Any]:

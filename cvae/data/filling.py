@@ -55,6 +55,7 @@ class Plan:
             ],
             "captions": [str(parts.folder) for parts in self.captions],
             "encoder": str(Path(name).resolve()) if Path(name).is_dir() else name,
+            "precision": self.encoder.precision,
             "identity": self.encoder.identity,
         }
         write_atomically(self.folder / _PLAN, json.dumps(content))
@@ -94,7 +95,7 @@ def _encoder(plan: dict[str, object]) -> TextEncoder:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores())
-    encoder = load_encoder(str(plan["encoder"]))
+    encoder = load_encoder(str(plan["encoder"]), plan["precision"])  # type: ignore[arg-type]
     wanted = {**plan["identity"], "name": encoder.name}  # type: ignore[dict-item]
     if encoder.identity != wanted:
         raise UserError(

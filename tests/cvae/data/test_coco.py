@@ -245,3 +245,14 @@ def test_real_coco_images(small_bert: str) -> None:
     assert 80 < np.mean(split.images) < 150
     assert int(split.ids[0]) == 139
     assert any("woman" in caption for caption in split.captions[:5])
+
+
+def test_vectors_in_bf16_are_asked_for_and_kept_apart(
+    home: Path, root: Path, small_bert: str
+) -> None:
+    splits = {"val": "val2017"}
+    made = prepare_coco(root, splits, 16, small_bert, text_precision="bf16")
+    assert made.store.manifest.text_encoders[small_bert].precision == "bf16"
+    assert not prepare_coco(root, splits, 16, small_bert, text_precision="bf16").made
+    with pytest.raises(UserError, match="in bf16, asked for is fp32"):
+        prepare_coco(root, splits, 16, small_bert)

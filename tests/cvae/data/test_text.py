@@ -121,6 +121,7 @@ def test_identity_says_what_decides_the_vectors(minilm: text.TextEncoder, small_
         "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "files": files,
         "pooling": "masked mean",
+        "precision": "fp32",
         "max_tokens": 256,
     }
     assert minilm.revision is None
@@ -255,3 +256,15 @@ def test_an_encoder_that_cannot_be_had_says_how_to_place_it(
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_encoder(str(cut))
+
+
+def test_bf16_moves_a_vector_by_little_and_is_another_encoder(small_bert: str) -> None:
+    exact, rounded = load_encoder(small_bert), load_encoder(small_bert, "bf16")
+    captions = ["a dog", "two red buses on a street", "a very old clock tower with a round top"]
+    wanted, found = exact.encode(captions), rounded.encode(captions)
+    moved = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert found.dtype == np.float32
+    assert (moved > 0).all()
+    assert (moved < 0.02).all()
+    assert rounded.difference(exact.entry()) == "bf16 instead of fp32"
+    assert rounded.difference(rounded.entry()) is None
