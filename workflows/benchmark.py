@@ -1,7 +1,9 @@
 """Measures how fast training is, beside its own limit and beside other loops, on the machine that trains.
 
     python workflows/benchmark.py [EXPERIMENT …] [key=value …] [--nodes N --gpus G] [--cluster NAME]
-                                  [--against PEER …] [--coco DIR] [--rounds K] [--seconds S] [--out DIR]
+                                  [--against PEER …] [--coco DIR] [--only WHAT …]
+                                  [--rounds K] [--seconds S] [--out DIR]
+    python workflows/benchmark.py preparation --coco DIR
 
 Every round measures each contestant once, in a process of its own; tables give the median over rounds, and
 ratios taken round by round. `loop` is the real training loop, `bare step` forward, backward and Adam on one
@@ -13,7 +15,10 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cvae import command_line, paths
 from cvae.command_line import Parser, files_and_overrides, positive
@@ -22,7 +27,11 @@ from cvae.errors import UserError, did_you_mean
 from cvae.run_directory import free_name
 from slurm import cluster
 from slurm.cluster import Place, Placement
+from workflows.benchmarks import GROUPS, PREPARATION
 from workflows.text import aligned
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _DEFAULT = [str(paths.PROJECT_ROOT / "configs" / "demo.yaml")]
 _PEERS = ["published", "tutorial", "diffusers", "diffusers-same"]
@@ -35,7 +44,7 @@ def parser() -> Parser:
         nargs="*",
         metavar="EXPERIMENT | key=value",
         help="experiments' YAML files (default: the demo), and values that replace theirs, as"
-        " training.precision=bf16",
+        " training.precision=bf16; the word preparation measures decoding and encoding",
     )
     parser.add_argument("--nodes", type=positive, default=1, metavar="N")
     parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
@@ -49,6 +58,14 @@ def parser() -> Parser:
         metavar="DIR",
         help="an official download, whose JPEGs `published` reads",
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=GROUPS,
+        default=GROUPS,
+        metavar="WHAT",
+        help=f"beside the bare step; default: all of {', '.join(GROUPS)}",
+    )
     parser.add_argument("--rounds", type=positive, default=5, metavar="K")
     parser.add_argument("--seconds", type=positive, default=8, metavar="S", help="a measurement")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: reports/benchmark-<time>")
@@ -58,8 +75,11 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
     files, overrides = files_and_overrides(options.words)
+    prepares = PREPARATION in files
     experiments = {
-        Path(file).stem: load_experiment(Path(file), overrides) for file in files or _DEFAULT
+        Path(file).stem: load_experiment(Path(file), overrides)
+        for file in files or _DEFAULT
+        if file != PREPARATION
     }
     asked = cluster.split(options.nodes, options.gpus or options.nodes)
     coco: Path | None = options.coco
@@ -67,14 +87,17 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"--coco {coco}: has no folder annotations; give an official MS COCO download"
         )
+    if prepares and coco is None:
+        raise UserError("preparation reads JPEGs: give --coco DIR, an official download")
     peers = {name: _peers(made, options.against, coco) for name, made in experiments.items()}
     out = options.out or Path("reports") / free_name("benchmark", Path("reports"))
     from workflows.plan import locate  # torch: seconds
 
     place, placement, facts = locate(asked, options.cluster, dry=False)
-    print(aligned([("benchmark", ", ".join(experiments)), *facts]), flush=True)
+    measured = [*experiments, *([PREPARATION] if prepares else [])]
+    print(aligned([("benchmark", ", ".join(measured)), *facts]), flush=True)
     command = shlex.join(["python", "workflows/benchmark.py", *arguments])
-    _measure(experiments, peers, place, placement, options, out, command)
+    _measure(experiments, peers, prepares, place, placement, options, out, command)
     print((out / "benchmark.md").read_text())
     print(out / "benchmark.md")
     return 0
@@ -100,6 +123,7 @@ def _peers(experiment: Experiment, wanted: list[str] | None, coco: Path | None) 
 def _measure(
     experiments: dict[str, Experiment],
     peers: dict[str, list[str]],
+    prepares: bool,
     place: Place,
     placement: Placement,
     options: argparse.Namespace,
@@ -107,7 +131,7 @@ def _measure(
     command: str,
 ) -> None:
     from cvae.data.building import progress_bar
-    from workflows.benchmarks import results
+    from workflows.benchmarks import preparation, results
     from workflows.benchmarks.rounds import Bench
     from workflows.benchmarks.series import series
 
@@ -115,12 +139,17 @@ def _measure(
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
     bench = Bench(place, scratch, options.seconds, options.coco)
+    only, rounds = options.only, options.rounds
+    measures: dict[str, Callable[[tqdm[Any]], Iterator[list[results.Row]]]] = {
+        name: partial(series, bench, name, made, peers[name], placement, only, rounds)
+        for name, made in experiments.items()
+    }
+    if prepares:
+        measures[PREPARATION] = partial(preparation.rows, bench, rounds)
     rows: list[results.Row] = []
-    for name, experiment in experiments.items():
+    for name, measure in measures.items():
         with progress_bar(0, "measurement", name) as bar:
-            for found in series(
-                bench, name, experiment, peers[name], placement, options.rounds, bar
-            ):
+            for found in measure(bar):
                 results.write([*rows, *found], out, machine, command)
             rows += found
     # Only where all went well: else the jobs' logs tell why.

@@ -1,17 +1,29 @@
 import csv
+import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from cvae.data.building import progress_bar
 from cvae.errors import UserError
+from slurm import cluster
 from slurm.cluster import Placement
 from tests.conftest import tiny_experiment
+from tests.cvae.data.conftest import write_coco
 from workflows.benchmark import main
+from workflows.benchmarks import preparation, rounds
 from workflows.benchmarks.results import Row, frame, markdown, ratio
-from workflows.benchmarks.rounds import rates
+from workflows.benchmarks.rounds import Bench, rates
 from workflows.benchmarks.series import _scaling
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_UNTIL_MIRRORED_S", 0.0)
+    monkeypatch.setattr(rounds, "_POLL_S", 0.1)
 
 
 @pytest.fixture
@@ -35,7 +47,10 @@ def test_a_round_measures_every_contestant_and_tells_mlflow(
     rate = [float(rows[f"{x}/images_per_second"]["value"]) for x in ("loop", "tutorial")]
     assert told == pytest.approx(rate[0] / rate[1])
     assert 0 < float(rows["loop/share of matrix_product peak"]["value"]) < 1
-    assert float(rows["launch to first step/seconds"]["value"]) > 0
+    for seconds in ("launch to first step", "bare start", "checkpoint stall", "a step"):
+        assert float(rows[f"{seconds}/seconds"]["value"]) > 0
+    for compared in ("loop with MLflow:loop", "ZeRO 1:DDP 2 ranks", "weak: 2 ranks over 1"):
+        assert float(rows[compared]["value"]) > 0
     # The jobs' files go where all went well.
     assert sorted(path.name for path in out.iterdir()) == ["benchmark.csv", "benchmark.md"]
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
@@ -52,6 +67,8 @@ def test_bad_input_is_one_line(tiny_store: Path, home: Path, experiment: Path) -
         ([file, "--against", "tutorail"], "no such peer; did you mean tutorial"),
         ([file, "--against", "published"], "give --coco DIR"),
         ([file, "--coco", str(home)], "has no folder annotations"),
+        (["preparation"], "preparation reads JPEGs: give --coco DIR"),
+        ([file, "--only", "lop"], "lop"),
         ([file, "--rounds", "0"], "0 is not a whole number above 0"),
         ([file, "trainin.epochs=3"], "trainin"),
         (["none.yaml"], "none.yaml"),
@@ -88,3 +105,24 @@ def test_ranks_are_doubled_and_nodes_filled_one_after_the_other() -> None:
         Placement(2, 4),
     ]
     assert _scaling(Placement(3, 1)) == [Placement(n, 1) for n in (1, 2, 3)]
+
+
+def test_preparation_is_measured_beside_its_parts(home: Path) -> None:
+    root = write_coco(home / "coco", {"train2017": 12, "val2017": 3})
+
+    class Here(Bench):
+        def preparation(self, name: str) -> dict[str, float]:
+            preparation.measure(name, root, 0.5, home / "result.json")
+            told: dict[str, float] = json.loads((home / "result.json").read_text())
+            return told
+
+    with progress_bar(0, "measurement", "preparation") as bar:
+        bench = Here(cluster.choose("local"), home / "jobs", 0.5)
+        (rows,) = preparation.rows(bench, 1, bar)
+    found = {row.measured: row.median for row in rows}
+    rates = [found[f"{who}/images_per_second"] for who in ("images", "decoder alone")]
+    assert found["images:decoder alone"] == pytest.approx(rates[0] / rates[1])
+    assert found["captions bf16:one at a time"] > 1
+    assert 0 < found["bf16 moves a vector/mean"] < found["bf16 moves a vector/most"] < 0.02
+    # What MLflow takes as a metric's name.
+    assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in found)

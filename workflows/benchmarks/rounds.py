@@ -22,10 +22,12 @@ from workflows.submission import TRAIN, job_environment, submitted
 from workflows.text import shown
 
 MEASURE = "workflows.benchmarks.contestants:measure"
+PREPARE = "workflows.benchmarks.preparation:measure"
 # Looking at a job costs some milliseconds of the cores that are measured.
 _POLL_S = 1.0
 _POINTS = 8
 _FIRST_POINTS = 2  # start-up, and what warms up
+_UNTIL_MIRRORED_S = 10.0
 
 
 @dataclass
@@ -46,24 +48,36 @@ class Bench:
         told: dict[str, Any] = json.loads(result.read_text())
         return told
 
+    def preparation(self, name: str) -> dict[str, float]:
+        """What preparation.measure told."""
+        result = self._new(name) / "result.json"
+        arguments = (name, self.coco, self.seconds, result)
+        self._run(PREPARE, arguments, result.parent, Placement(1, 1), {})
+        told: dict[str, float] = json.loads(result.read_text())
+        return told
+
     def loop(
         self,
         experiment: Experiment,
         placement: Placement,
         images_per_second: float,
         saves: bool = False,
+        mirrored: bool = False,
         env: dict[str, str] | None = None,
     ) -> dict[str, float]:
-        """A run of the real training loop, without MLflow, for about so long as images_per_second foretells.
+        """A run of the real training loop, for about so long as images_per_second foretells.
 
-        Returns images_per_second and data_wait_share; with `saves` checkpoint_stall_s.
+        mirrored: with a point of the journal as often as the experiment has it, and MLflow told of it; what goes
+        before MLflow's process has started up does not count. Returns images_per_second and data_wait_share;
+        with `saves` checkpoint_stall_s.
         """
         batch_size = experiment.training.global_batch_size
         steps = max(_POINTS, round(self.seconds * images_per_second / batch_size))
         every = -(-steps // (_POINTS - _FIRST_POINTS))
-        training = experiment.training.model_copy(
-            update={"max_steps": None, "epochs": 1e9, "eval_every": 10**9} | {"log_every": every}
-        )
+        endless: dict[str, Any] = {"max_steps": None, "epochs": 1e9, "eval_every": 10**9}
+        if not mirrored:
+            endless["log_every"] = every
+        training = experiment.training.model_copy(update=endless)
         checkpoint = experiment.checkpoint.model_copy(
             update={"every_steps": every if saves else None}
         )
@@ -73,14 +87,25 @@ class Bench:
         def found(kind: str) -> list[dict[str, Any]]:
             return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
 
-        def is_enough() -> bool:
-            return len(found("step")) > _POINTS and (
-                not saves or len(found("checkpoint")) > _POINTS // 2
-            )
+        def counted() -> list[dict[str, Any]]:
+            points = found("step")[_FIRST_POINTS:]
+            if not mirrored:
+                return points
+            return [one for one in points if one["time"] > points[0]["time"] + _UNTIL_MIRRORED_S]
 
-        self._run(TRAIN, (run.path, False), run.logs, placement, env or {}, is_enough)
-        points = found("step")
-        told = rates([point["metrics"] for point in points[_FIRST_POINTS:]])
+        def is_enough() -> bool:
+            points = counted()
+            if saves and len(found("checkpoint")) <= _POINTS // 2:
+                return False
+            if mirrored:
+                return len(points) > 1 and points[-1]["time"] - points[0]["time"] > self.seconds
+            return len(points) > _POINTS - _FIRST_POINTS
+
+        # Not the user's own MLflow: these are no runs of theirs.
+        tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.path / 'mlflow.db'}"}
+        arguments = (run.path, mirrored)
+        self._run(TRAIN, arguments, run.logs, placement, {**tracking, **(env or {})}, is_enough)
+        told = rates([point["metrics"] for point in counted()])
         if saves:
             # The first one also makes the buffers that it copies to.
             stalls = [line["stall_s"] for line in found("checkpoint")[1:]]

@@ -56,7 +56,7 @@ def test_random_batches_give_what_each_caption_alone_gives(
     alone = one_by_one(Path(small_bert), captions)
     encoder = load_encoder(small_bert)
     for _ in range(10):
-        monkeypatch.setattr(text, "_BATCH", rng.randint(1, 40))
+        monkeypatch.setitem(text._BATCH, "cpu", rng.randint(1, 40))
         rows = rng.sample(range(200), rng.randint(1, 200))
         vectors = encoder.encode([captions[row] for row in rows])
         np.testing.assert_allclose(vectors, alone[rows], atol=2e-6)
@@ -69,7 +69,7 @@ def test_batch_composition_plays_no_part(small_bert: str, monkeypatch: pytest.Mo
     whole = encoder.encode(captions)
     order = rng.sample(range(300), 300)
     np.testing.assert_array_equal(encoder.encode([captions[i] for i in order]), whole[order])
-    monkeypatch.setattr(text, "_BATCH", 7)
+    monkeypatch.setitem(text._BATCH, "cpu", 7)
     np.testing.assert_allclose(encoder.encode(captions[50:250]), whole[50:250], atol=1e-5)
 
 
