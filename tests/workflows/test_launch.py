@@ -24,7 +24,7 @@ from tests import ranks
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from workflows import launch, runs
 from workflows.run_state import last_submission
-from workflows.submission import locked
+from workflows.submission import locked, training_environment
 
 STEPS = 2000
 
@@ -268,3 +268,18 @@ def test_submissions_are_written_down(home: Path) -> None:
     run.launch_file.write_text(json.dumps([entry]))
     with pytest.raises(UserError, match="job 12 on v100"):
         runs.main(["cancel", "r"])
+
+
+def test_a_training_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    code = "import os\nfor _ in range(20): bytearray(50 << 20)\n"
+    code += "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    command = [sys.executable, "-c", code]
+    plain, kept = (
+        int(subprocess.check_output(command, env=os.environ | more))
+        for more in ({}, training_environment())
+    )
+    assert kept < plain / 3
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert "MALLOC_TRIM_THRESHOLD_" not in training_environment()

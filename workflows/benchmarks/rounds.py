@@ -18,7 +18,8 @@ from slurm.cluster import Place, Placement
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from workflows.benchmarks import starts
-from workflows.submission import TRAIN, job_environment, submitted
+from workflows.benchmarks.contestants import BARE
+from workflows.submission import TRAIN, job_environment, submitted, training_environment
 from workflows.text import shown
 
 MEASURE = "workflows.benchmarks.contestants:measure"
@@ -44,7 +45,9 @@ class Bench:
         """What contestants.measure told."""
         result = self._new(name.replace(" ", "-")) / "result.json"
         arguments = (name, str(run.experiment_file), self.seconds, self.coco, result)
-        self._run(MEASURE, arguments, result.parent, Placement(1, 1), {})
+        # Peers are what other people run.
+        env = training_environment() if name == BARE else {}
+        self._run(MEASURE, arguments, result.parent, Placement(1, 1), env)
         told: dict[str, Any] = json.loads(result.read_text())
         return told
 
@@ -103,8 +106,8 @@ class Bench:
 
         # Not the user's own MLflow: these are no runs of theirs.
         tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.path / 'mlflow.db'}"}
-        arguments = (run.path, mirrored)
-        self._run(TRAIN, arguments, run.logs, placement, {**tracking, **(env or {})}, is_enough)
+        made_env = {**training_environment(), **tracking, **(env or {})}
+        self._run(TRAIN, (run.path, mirrored), run.logs, placement, made_env, is_enough)
         told = rates([point["metrics"] for point in counted()])
         if saves:
             # The first one also makes the buffers that it copies to.
