@@ -82,10 +82,11 @@ def main(arguments: list[str]) -> int:
         if file != PREPARATION
     }
     asked = cluster.split(options.nodes, options.gpus or options.nodes)
-    coco: Path | None = options.coco
+    # The jobs have working folders of their own.
+    coco: Path | None = options.coco and options.coco.resolve()
     if coco is not None and not (coco / "annotations").is_dir():
         raise UserError(
-            f"--coco {coco}: has no folder annotations; give an official MS COCO download"
+            f"--coco {options.coco}: has no folder annotations; give an official MS COCO download"
         )
     if prepares and coco is None:
         raise UserError("preparation reads JPEGs: give --coco DIR, an official download")
@@ -138,7 +139,7 @@ def _measure(
     machine = f"{results.this_machine()}; {place.why}" if place.name else results.this_machine()
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
-    bench = Bench(place, scratch, options.seconds, options.coco)
+    bench = Bench(place, scratch, options.seconds, options.coco and options.coco.resolve())
     only, rounds = options.only, options.rounds
     measures: dict[str, Callable[[tqdm[Any]], Iterator[list[results.Row]]]] = {
         name: partial(series, bench, name, made, peers[name], placement, only, rounds)
@@ -153,7 +154,9 @@ def _measure(
                 results.write([*rows, *found], out, machine, command)
             rows += found
     # Only where all went well: else the jobs' logs tell why.
-    shutil.rmtree(scratch)
+    shutil.rmtree(
+        scratch, ignore_errors=True
+    )  # a mirror of MLflow's may write its last line just now
     try:
         results.to_mlflow(rows, out, machine, command)
     except Exception as error:  # the table is there; MLflow may be away

@@ -56,7 +56,8 @@ def training_environment() -> dict[str, str]:
     Given back, it comes back page by page, each zeroed by the kernel: 5 % of a step on a CPU. What the user's
     environment says goes before.
     """
-    wanted = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    # Not MALLOC_MMAP_THRESHOLD_: before glibc 2.35 it is at most 32 MB, and a greater one is ignored.
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

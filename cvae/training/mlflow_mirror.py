@@ -145,9 +145,11 @@ def main(run_dir: Path) -> int:
 def step_back() -> None:
     """Leaves the cores to others: what follows is no hurry."""
     os.nice(10)
-    # Linux weighs sessions against each other, and only within one by its processes' niceness.
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("10")
+    # Linux weighs sessions against each other, and only within one by its processes' niceness. A session that
+    # is not this process's own is somebody's terminal.
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text("10")
 
 
 def _follow(pusher: "Pusher") -> int:

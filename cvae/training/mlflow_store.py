@@ -40,10 +40,12 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a server this process is the one that stores files, by default in whatever folder
-        # it was started in.
+        # it was started in. Beside its database they go where that goes.
         location = None
         if not uri.startswith(("http:", "https:")):
-            location = (paths.home() / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
+            beside = uri.removeprefix("sqlite:///")
+            folder = Path(beside).resolve().parent if beside != uri else paths.home()
+            location = (folder / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
         try:
             # The kind makes the UI show runs and charts first instead of traces of prompts.
             kind = {"mlflow.experimentKind": "custom_model_development"}

@@ -12,7 +12,6 @@ from cvae.export import write_model
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, journal, mlflow_mirror
 from cvae.training.journal import Journal
-from cvae.training.mlflow_mirror import Mirror
 from cvae.training.preflight import Report
 from cvae.training.ranks import Ranks
 from cvae.training.saver import Saver
@@ -26,9 +25,8 @@ _log = logging.getLogger(__name__)
 
 
 class Record:
-    def __init__(self, run: RunDirectory, writer: Journal | None, mirrored: bool):
-        self.run, self.writer, self.mirrored = run, writer, mirrored
-        self._mirror: Mirror | None = None
+    def __init__(self, run: RunDirectory, writer: Journal | None):
+        self.run, self.writer = run, writer
         self.saver = Saver(run.checkpoints, self._written)
         self.step = 0
         self._system = SystemMetrics()
@@ -57,7 +55,6 @@ class Record:
         system = self._system.measure()
         if system is not None:
             self._append("system", step=step, metrics=system)
-        self._follow()
 
     def epoch(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         self.step = step
@@ -109,20 +106,6 @@ class Record:
         _log.info("%s at step %d %s", status, step, reason)
         self._append("end", status=status, step=step, reason=reason)
 
-    def close(self) -> None:
-        """Waits until MLflow has the journal, but not long."""
-        if self.writer is None:
-            return
-        self.writer.close()
-        self._follow()
-        if self._mirror is not None and (behind := self._mirror.finish(_MIRROR_PATIENCE_S)):
-            _log.warning("MLflow lacks %d journal lines; `runs.py sync %s`", behind, self.run.name)
-
-    def _follow(self) -> None:
-        """Has MLflow follow the journal: from the first step on, since its imports would delay that one."""
-        if self.writer is not None and self.mirrored and self._mirror is None:
-            self._mirror = mlflow_mirror.start_mirror(self.run.path)
-
     def _append(self, kind: str, **fields: Any) -> None:
         if self.writer is not None:
             self.writer.append(kind, **fields)
@@ -130,12 +113,18 @@ class Record:
 
 @contextmanager
 def open_record(run: RunDirectory, ranks: Ranks, mirrored: bool) -> Iterator[Record]:
-    """The record of a run, mirrored to MLflow by a process of its own; rank 0's alone writes."""
-    record = Record(run, Journal(run.journal_file) if ranks.is_first else None, mirrored)
+    """The record of a run, mirrored to MLflow by a process of its own for as long as the context lasts."""
+    if not ranks.is_first:
+        yield Record(run, None)
+        return
+    writer = Journal(run.journal_file)
+    mirror = mlflow_mirror.start_mirror(run.path) if mirrored else None
     try:
-        yield record
+        yield Record(run, writer)
     finally:
-        record.close()
+        writer.close()
+        if mirror is not None and (behind := mirror.finish(_MIRROR_PATIENCE_S)):
+            _log.warning("MLflow lacks %d journal lines; `runs.py sync %s`", behind, run.name)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -271,7 +271,7 @@ def test_submissions_are_written_down(home: Path) -> None:
 
 
 def test_a_training_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
         monkeypatch.delenv(name, raising=False)
     code = "import os\nfor _ in range(20): bytearray(50 << 20)\n"
     code += "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"

@@ -110,12 +110,17 @@ def series(
         if scaled
         else [],
     }
-    if scaled and not experiment.training.compile:  # DeepSpeed's engine has no compiled step
+    training = experiment.training
+    if (
+        scaled and training.engine == "ddp" and not training.compile
+    ):  # DeepSpeed's has no compiled step
         in_group["scaling"].append(partial(one.scaled, "ZeRO 1", scaled[-1]))
-    # Everything else is told how quick the model is by the bare step.
+    # Everything else is told how quick the model is by the bare step, and compared with the loop.
+    if {"peers", "mlflow"} & set(groups):
+        groups = ["loop", *groups]
     taken: list[Callable[[], None]] = [
         partial(one.contestant, BARE),
-        *(take for group in groups for take in in_group[group]),
+        *(take for group in dict.fromkeys(groups) for take in in_group[group]),
     ]
     bar.reset(total=rounds * len(taken))
     for _ in range(rounds):
