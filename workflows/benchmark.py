@@ -154,9 +154,8 @@ def _measure(
                 results.write([*rows, *found], out, machine, command)
             rows += found
     # Only where all went well: else the jobs' logs tell why.
-    shutil.rmtree(
-        scratch, ignore_errors=True
-    )  # a mirror of MLflow's may write its last line just now
+    # (A mirror of MLflow's may write its last line just now.)
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         results.to_mlflow(rows, out, machine, command)
     except Exception as error:  # the table is there; MLflow may be away
