@@ -82,11 +82,10 @@ def main(arguments: list[str]) -> int:
         if file != PREPARATION
     }
     asked = cluster.split(options.nodes, options.gpus or options.nodes)
-    # The jobs have working folders of their own.
-    coco: Path | None = options.coco and options.coco.resolve()
+    coco: Path | None = options.coco
     if coco is not None and not (coco / "annotations").is_dir():
         raise UserError(
-            f"--coco {options.coco}: has no folder annotations; give an official MS COCO download"
+            f"--coco {coco}: has no folder annotations; give an official MS COCO download"
         )
     if prepares and coco is None:
         raise UserError("preparation reads JPEGs: give --coco DIR, an official download")
@@ -139,7 +138,9 @@ def _measure(
     machine = f"{results.this_machine()}; {place.why}" if place.name else results.this_machine()
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
-    bench = Bench(place, scratch, options.seconds, options.coco and options.coco.resolve())
+    # The jobs have working folders of their own.
+    coco = options.coco and options.coco.resolve()
+    bench = Bench(place, scratch, options.seconds, coco)
     only, rounds = options.only, options.rounds
     measures: dict[str, Callable[[tqdm[Any]], Iterator[list[results.Row]]]] = {
         name: partial(series, bench, name, made, peers[name], placement, only, rounds)

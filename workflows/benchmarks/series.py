@@ -111,9 +111,8 @@ def series(
         else [],
     }
     training = experiment.training
-    if (
-        scaled and training.engine == "ddp" and not training.compile
-    ):  # DeepSpeed's has no compiled step
+    # DeepSpeed's engine has no compiled step to compare.
+    if scaled and training.engine == "ddp" and not training.compile:
         in_group["scaling"].append(partial(one.scaled, "ZeRO 1", scaled[-1]))
     # Everything else is told how quick the model is by the bare step, and compared with the loop.
     if {"peers", "mlflow"} & set(groups):
