@@ -1,6 +1,9 @@
 # The front door: `make demo` and `make test`, each from a fresh clone, do all the set-up by themselves.
 PYTHON ?= python3
+# The build of PyTorch: cpu, cu126, cu128, rocm6.4, … or auto; empty: keep what is there, else constraints-torch.txt.
+TORCH ?=
 VENV := .venv
+TORCH_STAMP := $(TORCH:%=.venv/.torch-%)
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -8,12 +11,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 install: $(VENV)/.installed
 
-# A stamp that only a whole installation leaves: an interrupted one is done again.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+# A stamp that only a whole installation leaves: an interrupted one is done again. A PyTorch that is there is kept.
+$(VENV)/.installed: pyproject.toml constraints.txt $(TORCH_STAMP) | $(VENV)/bin/pip
+	$(BIN)/pip show --quiet torch 2>/dev/null || $(BIN)/pip install --progress-bar off --constraint constraints-torch.txt torch
 	$(BIN)/pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# uv knows where PyTorch publishes each of its builds.
+$(VENV)/.torch-$(TORCH): | $(VENV)/bin/pip
+	$(BIN)/pip install --progress-bar off --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --torch-backend '$(TORCH)' --reinstall-package torch torch
+	rm -f $(VENV)/.torch-*
+	touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
 
 demo: install
 	python workflows/prepare.py scenes
