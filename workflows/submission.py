@@ -1,12 +1,11 @@
 """Handing a run to SLURM or to this machine: once at a time, and written down."""
 
-import fcntl
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cvae import code_snapshot, paths
 from cvae.code_snapshot import Snapshot
 from cvae.config import Experiment
 from cvae.errors import UserError
+from cvae.file_lock import Locked, file_lock
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from slurm import executors, queue, tries
@@ -142,10 +142,10 @@ def _write(run: RunDirectory, entries: list[Submission]) -> None:
 @contextmanager
 def locked(run: RunDirectory) -> Iterator[None]:
     """Raises UserError where another launch, resume or cancel of the run is at work."""
-    with open(run.path / "launch.lock", "a") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(file_lock(run.path / "launch.lock"))
+        except Locked:
             raise UserError(
                 f"{run.name} is being launched, resumed or cancelled by another process right now"
             ) from None

@@ -8,7 +8,6 @@ is renames alone, which a restart completes. The store's own manifest.json is th
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from cvae.data.store import MANIFEST, FileEntry, Manifest, Store, file_sha256
 from cvae.errors import UserError
+from cvae.file_lock import Locked, file_lock
 from cvae.paths import write_atomically
 
 
@@ -70,10 +70,10 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
-    with lock.open("w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(file_lock(lock))
+        except Locked:
             raise UserError(f"{path} is being prepared by another process just now") from None
         try:
             yield

@@ -1,8 +1,8 @@
 """What is written about a run whose ranks could not do so themselves any more."""
 
-import fcntl
 from pathlib import Path
 
+from cvae.file_lock import Locked, file_lock
 from cvae.run_directory import RunDirectory
 from cvae.training import journal, mlflow_mirror
 from cvae.training.journal import Journal
@@ -22,19 +22,22 @@ def note_bad_end(run_path: str, reason: str, restarts: bool) -> None:
 def journal_bad_end(run_path: str, reason: str, restarts: bool) -> bool:
     """The same without MLflow, for a run that a sweep tells MLflow about. Returns whether it was written."""
     run = RunDirectory(Path(run_path))
-    with open(run.path / "train.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False  # on a host out of reach rank 0 lives on, and writes
-        lines = journal.read(run.journal_file)[0]
-        last = lines[-1] if lines else {"kind": None}
-        step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
-        # Rank 0 may have said the same, of bad input without naming itself.
-        if last["kind"] != "end" or not f": {reason}".endswith(f": {last['reason']}"):
-            writer = Journal(run.journal_file)
-            try:
-                writer.append("end", status="failed", step=step, reason=reason)
-            finally:
-                writer.close()
+    try:
+        with file_lock(run.path / "train.lock"):
+            _journal_bad_end(run, reason)
+    except Locked:
+        return False  # on a host out of reach rank 0 lives on, and writes
     return True
+
+
+def _journal_bad_end(run: RunDirectory, reason: str) -> None:
+    lines = journal.read(run.journal_file)[0]
+    last = lines[-1] if lines else {"kind": None}
+    step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
+    # Rank 0 may have said the same, of bad input without naming itself.
+    if last["kind"] != "end" or not f": {reason}".endswith(f": {last['reason']}"):
+        writer = Journal(run.journal_file)
+        try:
+            writer.append("end", status="failed", step=step, reason=reason)
+        finally:
+            writer.close()

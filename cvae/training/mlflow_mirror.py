@@ -5,8 +5,8 @@ loop should feel none of it. The trainer writes the journal and nothing else. Th
 journal and may lag, die or be killed at any moment: mlflow.json says from where to go on.
 """
 
-import fcntl
 import logging
+import math
 import os
 import select
 import signal
@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
+from cvae.file_lock import Locked, file_lock
 from cvae.training import mlflow_state
 from cvae.training.mlflow_state import behind
 
@@ -199,14 +200,11 @@ def told_end(timeout: float) -> bool:
 @contextmanager
 def _alone(run_dir: Path, wait: bool) -> Iterator[None]:
     """One process at a time pushes a run; a mirror outlives its killed trainer for some moments."""
-    with open(_log_file(run_dir), "ab") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            held.enter_context(file_lock(_log_file(run_dir), math.inf if wait else 0.0))
+        except Locked:
             raise UserError(f"{run_dir.name}: its mirror is at work, nothing to sync") from None
-        except OSError as error:
-            # A file system without locks. The pusher is safe without, only slower.
-            _log.warning("%s: cannot be locked: %s", lock.name, error)
         yield
 
 

@@ -1,7 +1,7 @@
 """MLflow's store: the SQLite file and the experiments in it."""
 
-import fcntl
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from cvae import paths
+from cvae.file_lock import file_lock
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +26,7 @@ def create_store(uri: str) -> None:
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{file}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(Path(f"{file}.lock"), math.inf):
         if file.exists():
             return
         nascent = Path(f"{file}.new")

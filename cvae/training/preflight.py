@@ -25,6 +25,7 @@ from cvae import code_snapshot
 from cvae.config import Experiment, load_experiment
 from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.errors import UserError
+from cvae.file_lock import has_flock
 from cvae.models.cvae import Cvae, build_model
 from cvae.paths import write_atomically
 from cvae.training.preflight_checks import (
@@ -212,8 +213,13 @@ def _host_facts(folder: Path) -> dict[str, Any]:
         free = shutil.disk_usage(folder).free
     except OSError:
         free = None  # the attempt to write tells why
+    try:
+        flock = has_flock(folder)
+    except OSError:
+        flock = True  # not known; the attempt to write tells why
     return {
         "free_disk": free,
+        "flock": flock,
         "code": code.source,
         "code_root": str(code.root),
         "submitted_code": None if submitted is None else str(Path(submitted).resolve()),

@@ -43,6 +43,8 @@ class Facts(Plain):
     cuda: str | None = None
     free_disk: int | None = None
     write_error: str | None = None
+    flock: bool = True
+    """Whether the file system of the run's folder supports it there."""
     sees_folder: bool = True
     """Whether the file that rank 0 made is here too."""
     code: str | None = None
@@ -219,6 +221,15 @@ def _disk(facts: Sequence[Facts], need: Need, folder: str) -> Findings:
             return
 
 
+def _locks(facts: Sequence[Facts], need: Need, folder: str) -> Findings:
+    lacking = [fact.host for fact in facts if not fact.flock]
+    if lacking:
+        yield _warning(
+            f"{', '.join(lacking)}: the file system of {folder} does not support flock; the locks used instead do"
+            " not hold between hosts with flock and hosts without: mount it with locks (Lustre: -o flock)"
+        )
+
+
 def _clock(facts: Sequence[Facts], need: Need, folder: str) -> Findings:
     for fact in facts:
         off = fact.clock - facts[0].clock
@@ -283,6 +294,7 @@ _CHECKS: tuple[Callable[[Sequence[Facts], Need, str], Findings], ...] = (
     _architecture,
     _memory,
     _disk,
+    _locks,
     _code,
     _packages,
     _data,

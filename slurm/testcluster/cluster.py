@@ -1,7 +1,7 @@
 """Up, down and status of the whole test cluster."""
 
-import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cvae.errors import UserError
+from cvae.file_lock import file_lock
 from slurm.testcluster import settings
 from slurm.testcluster.hosts import (
     PATH,
@@ -286,12 +287,8 @@ class Cluster:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One `up` or `down` at a time. The lock is on a folder that exists anyway: nothing is left."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with file_lock(folder, math.inf):
         yield
-    finally:
-        os.close(handle)
 
 
 def _answers(path: Path) -> bool:

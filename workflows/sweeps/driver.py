@@ -3,7 +3,6 @@
 A process of its own: it may be killed at any moment, and is then started again and goes on.
 """
 
-import fcntl
 import itertools
 import logging
 import os
@@ -14,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cvae.config import Experiment
 from cvae.errors import UserError
+from cvae.file_lock import Locked, file_lock
 from cvae.training import journal
 from slurm.ray_cluster import connect
 from workflows.sweeps.book import Book, known_to_tune
@@ -82,16 +82,11 @@ def _end_with_parent() -> None:
 @contextmanager
 def _alone(sweep: SweepDirectory) -> Iterator[None]:
     """Raises UserError where another driver, after a while still, is at work on this sweep."""
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    with open(sweep.path / "driver.lock", "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"{sweep.name}: another driver is at work on it") from None
-                time.sleep(0.5)
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(sweep.path / "driver.lock", _LOCK_PATIENCE_S))
+        except Locked:
+            raise UserError(f"{sweep.name}: another driver is at work on it") from None
         yield
 
 

@@ -1,17 +1,15 @@
 """What happens around a run between two tries."""
 
-import fcntl
-import threading
 from pathlib import Path
 
 import pytest
 
 from cvae.config import Experiment
+from cvae.file_lock import file_lock
 from cvae.run_directory import RunDirectory
 from cvae.training import mlflow_mirror
 from cvae.training.aftermath import note_bad_end
 from cvae.training.journal import Journal
-from cvae.training.lock import wait_for_lock
 from tests.conftest import tiny_experiment
 from tests.ranks import lines
 
@@ -58,15 +56,6 @@ def test_what_rank_0_has_said_is_not_said_again(run: RunDirectory) -> None:
 
 
 def test_a_rank_that_lives_on_out_of_reach_is_the_only_writer(run: RunDirectory) -> None:
-    with open(run.path / "train.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(run.path / "train.lock"):
         note_bad_end(str(run.path), "node n1 failed", restarts=True)
     assert lines(run, "end") == []
-
-
-def test_the_next_try_waits_for_the_last_one_to_be_gone(run: RunDirectory) -> None:
-    with open(run.path / "train.lock", "a") as dying, open(run.path / "train.lock", "a") as ours:
-        fcntl.flock(dying, fcntl.LOCK_EX)
-        assert not wait_for_lock(ours, 0.0)
-        threading.Timer(0.7, lambda: fcntl.flock(dying, fcntl.LOCK_UN)).start()
-        assert wait_for_lock(ours, 30.0)

@@ -86,6 +86,11 @@ CUDA_13_BUILD = {
         ({"write_error": "Permission denied"}, "error", r"node2: .*cannot be written: Permission"),
         ({"write_error": "No space left on device"}, "error", r"node2: .* is full"),
         ({"sees_folder": False}, "error", r"node2: .* is not the folder that node1 has"),
+        (
+            {"flock": False},
+            "warning",
+            r"node2: the file system of /home/runs/x does not support flock",
+        ),
         ({"free_memory": 2 * 10**9}, "error", r"node2: GPU of rank 2 has 2\.0 GB free.*10\.0 GB"),
         ({"clock": 1e9 + 3}, "warning", r"node2: its clock is 3 s ahead of that of node1"),
         ({"clock": 1e9 - 600}, "error", r"node2: its clock is 600 s behind"),
