@@ -23,10 +23,11 @@ from analysis.showcase import MOST_RUNS, Picture, opened, pictures
 from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
-from cvae.paths import whole_folder
+from cvae.output import check_folder, whole_folder
 from cvae.run_directory import RunDirectory
 
 _CURVES = ["train/loss", "val/loss"]
+_NAME = "report.py"
 
 
 def parser() -> Parser:
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
             "a report of which runs? give --experiment NAME, --sweep SWEEP or --runs RUN …"
         )
     out: Path = options.out
-    _check_out(out)
+    check_folder(out, _NAME, _is_older_report)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         found = runs(options.experiment, sweep=options.sweep, names=options.runs)
@@ -82,7 +83,7 @@ def _pictures(material: Material) -> tuple[list[Picture], dict[str, str]]:
 
 def _write(out: Path, title: str, material: Material, drawn: list[Picture], command: str) -> None:
     try:
-        with whole_folder(out) as folder:
+        with whole_folder(out, _NAME, _is_older_report) as folder:
             (folder / "tables").mkdir()
             (folder / "figures").mkdir()
             made = sections(material, drawn)
@@ -125,15 +126,12 @@ def _title(options: argparse.Namespace, found: pd.DataFrame) -> str:
     return ", ".join(found.index) if len(found) < 4 else f"{len(found)} runs"
 
 
-def _check_out(out: Path) -> None:
-    """Before minutes of work: whether a report can be put there, and nothing else is in its way."""
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; a report is a folder")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    page = out / "index.html"
-    if not page.is_file() or MADE_BY not in page.read_text("utf-8", errors="replace"):
-        raise UserError(f"--out {out}: is not empty, and no report of ours that could be replaced")
+def _is_older_report(folder: Path) -> bool:
+    """Whether it is a report, and nothing else, of a version that left no marker."""
+    page = folder / "index.html"
+    if {file.name for file in folder.iterdir()} - {page.name, "tables", "figures"}:
+        return False
+    return page.is_file() and MADE_BY in page.read_text("utf-8", errors="replace")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from cvae.export_format import (
     CARD,
     CONFIG,
     EXPERIMENT,
+    EXPORTED_BY,
     SAMPLES,
     TEXT_ENCODER,
     WEIGHTS,
@@ -35,7 +36,8 @@ from cvae.export_format import (
 )
 from cvae.grids import labelled_grid
 from cvae.model_card import model_card
-from cvae.paths import whole_folder, write_atomically
+from cvae.output import MARKER, whole_folder
+from cvae.paths import write_atomically
 from cvae.pictures import write_png
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
@@ -72,10 +74,11 @@ def export_run(run: RunDirectory, folder: Path) -> Exported:
 def write_model(run: RunDirectory, folder: Path) -> None:
     """The run's best model as MLflow gets it: as exported, but without text encoder, samples and card.
 
-    What is at `folder` is replaced. Raises OSError where it cannot be written, UserError as export_run.
+    folder: the run's own model/, which is replaced. Raises OSError if it cannot be written, UserError as
+    export_run.
     """
     trained = load_run(run, torch.device("cpu"))
-    with whole_folder(folder) as nascent:
+    with whole_folder(folder, "training", older=lambda _: True) as nascent:
         _write_weights(run, trained, nascent)
         _seal(_facts(run, trained), nascent)
 
@@ -88,7 +91,7 @@ def _write_weights(run: RunDirectory, trained: Trained, folder: Path) -> None:
 
 def _seal(exported: Exported, folder: Path) -> None:
     """Writes config.json, with the checksums of the files that are there."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     total = sum(file.stat().st_size for file in files)
     with progress_bar(total, "B", "checksums", delay=2) as bar:
         digests = {str(file.relative_to(folder)): file_sha256(file, bar.update) for file in files}
@@ -99,7 +102,7 @@ def _seal(exported: Exported, folder: Path) -> None:
 def _whole(folder: Path) -> Iterator[Path]:
     """As whole_folder, but a full disk, for which safetensors has an error of its own, is a UserError."""
     try:
-        with whole_folder(folder) as nascent:
+        with whole_folder(folder, EXPORTED_BY) as nascent:
             yield nascent
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -13,6 +13,7 @@ A run's own model/, which MLflow gets, is the same without text_encoder/, sample
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cvae.data.building import progress_bar
 from cvae.data.store import TextEncoderEntry, file_sha256
 from cvae.errors import UserError
+from cvae.output import check_folder
 from cvae.run_directory import LATEST, RunDirectory, all_runs
 
 CONFIG, EXPERIMENT, WEIGHTS = "config.json", "experiment.yaml", "model.safetensors"
 TEXT_ENCODER, SAMPLES, CARD = "text_encoder", "samples.png", "README.md"
+EXPORTED_BY = "export.py"
 FORMAT, VERSION = "cvae-workflow", 1
 
 
@@ -108,12 +111,11 @@ def locate(name: str) -> RunDirectory | Path:
 
 
 def check_target(folder: Path) -> None:
-    """Raises UserError where an export cannot go to that folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise UserError(f"{folder} {what}; name a folder that is not there yet")
+    """Raises UserError unless an export can go to that folder: it never replaces another, whose card people
+    complete."""
+    path = check_folder(folder, EXPORTED_BY)
+    if path.is_dir() and os.listdir(path):
+        raise UserError(f"{folder} is not empty; name a folder that is not there yet")
 
 
 def read(folder: Path) -> Exported:

@@ -1,11 +1,11 @@
 """Where things live: everything a person makes is under one home folder."""
 
 import os
-import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from cvae.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,8 +35,11 @@ def tracking_uri() -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes the whole file or leaves what was there: temporary name, fsync, rename.
 
-    Raises OSError (disk full, no permission); the temporary file is gone by then.
+    Raises OSError (disk full, no permission); the temporary file is gone by then. Raises UserError if a device,
+    a named pipe or a socket is there, which a rename would remove.
     """
+    if _is_special(path):
+        raise UserError(f"{path} is a special file, which is not replaced")
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -54,6 +57,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def _is_special(path: Path) -> bool:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False  # what is wrong, writing will find
+    return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
+
+
 def fsync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -61,27 +72,3 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place when the context ends well, and is gone otherwise.
-
-    What was at `folder` is replaced. Raises OSError (disk full, no permission).
-    """
-    nascent, old = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("new", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for leftover in (nascent, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        nascent.mkdir()
-        yield nascent
-        for file in nascent.rglob("*"):
-            fsync(file)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(nascent, folder)
-        fsync(folder.parent)
-    finally:
-        for leftover in (nascent, old):
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -16,6 +16,7 @@ from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.export_format import CONFIG, check_target
+from cvae.output import MARKER
 from cvae.run_directory import RunDirectory
 from workflows import text
 
@@ -35,7 +36,7 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     run = RunDirectory.open(options.run)
-    folder = options.folder.resolve()
+    folder: Path = options.folder
     if (run.path / CONFIG).is_file():
         raise UserError(f"{run.path} is an exported model already; copy it")
     check_target(folder)
@@ -45,13 +46,13 @@ def main(arguments: list[str]) -> int:
 
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     exported = export_run(run, folder)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     rows = [(name, size(count)) for name, count in sizes.items()]
     print(
         text.table(("file", "size"), [*rows, ("all", size(sum(sizes.values())))], right=("size",))
     )
-    print(f"{exported.name}, step {exported.step:,}: {text.shown(folder)}")
+    print(f"{exported.name}, step {exported.step:,}: {text.shown(folder.resolve())}")
     return 0
 
 

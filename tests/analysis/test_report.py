@@ -121,15 +121,20 @@ def test_a_report_is_made_anew_but_nothing_else_is_replaced(
     runs: list[RunDirectory], tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
+    make(out, "--runs", "cvae", "vae")
+    before = {file.name for file in (out / "tables").iterdir()}
     make(out, "--runs", "cvae")
-    (out / "tables" / "old.csv").write_text("")
+    assert {file.name for file in (out / "tables").iterdir()} < before
+    (out / ".made-by.json").unlink()  # as an older version has left it
     page = make(out, "--runs", "cvae", "vae")
     assert "vae" in page
-    assert not (out / "tables" / "old.csv").exists()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, which report.py did not make"):
+        report.main(["--runs", "cvae", "--out", str(out)])
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "index.html").write_text("years of work")
-    with pytest.raises(UserError, match="not empty, and no report of ours"):
+    with pytest.raises(UserError, match="is not empty, and was not made by report.py"):
         report.main(["--runs", "cvae", "--out", str(other)])
     assert (other / "index.html").read_text() == "years of work"
 

@@ -149,6 +149,7 @@ def test_models_without_text_are_exported_too(
     export_run(run, tmp_path / "deep" / "out")
     names = {file.name for file in (tmp_path / "deep" / "out").iterdir()}
     assert names == {
+        ".made-by.json",
         "config.json",
         "experiment.yaml",
         "model.safetensors",
