@@ -66,7 +66,10 @@ def check_folder(
         return path
     if not os.listdir(path):
         inside = [
-            p for p in path.parents for f in ("experiment.yaml", "manifest.json") if (p / f).exists()
+            p
+            for p in path.parents
+            for f in ("experiment.yaml", "manifest.json")
+            if (p / f).exists()
         ]
         if inside:
             raise UserError(f"{folder} is part of {inside[0]}; name a folder elsewhere")

@@ -19,6 +19,7 @@ from cvae import command_line
 from cvae.command_line import Parser, positive
 from cvae.errors import UserError
 from cvae.export_format import locate
+from cvae.output import check_file
 from workflows import text
 
 _MOST = 100
@@ -110,8 +111,8 @@ def _check_out(path: Path) -> None:
     """Before minutes of work: whether the picture can be put there at all."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path}: a picture is written as PNG; name it {path.stem}.png")
-    if not path.resolve().parent.is_dir() or path.is_dir():
-        raise UserError(f"--out {path}: must be a file in a folder that exists")
+    for written in (path, path.with_suffix(".json")):
+        check_file(written)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def building(store: Path) -> Iterator[Path]:
     Raises UserError when another process is at it. An install that was cut short is completed.
     """
     folder = store / ".preparing"
+    check_place(store)
     with locked(store):
         if (folder / MANIFEST).exists():
             _install(folder, store)
@@ -60,6 +61,19 @@ def building(store: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # what was refused at once leaves no empty folders
                 folder.rmdir()
                 store.rmdir()
+
+
+def check_place(store: Path) -> None:
+    """Raises UserError unless nothing is at `store`, an empty folder, or a store, complete or begun."""
+    if os.path.lexists(store) and not store.is_dir():
+        raise UserError(
+            f"{store} is not a folder; a prepared store would take its place: remove it first"
+        )
+    names = set(os.listdir(store)) if store.is_dir() else set()
+    if names and not {MANIFEST, ".preparing"} & names:
+        raise UserError(
+            f"{store} holds {min(names)} and others, but no store that prepare.py made; move it away first"
+        )
 
 
 @contextmanager
@@ -92,6 +106,11 @@ def parts_folder(folder: Path, made_from: Mapping[str, Any]) -> Path:
     """
     settings = json.dumps(made_from, indent=1, sort_keys=True)
     marker = folder / "made_from.json"
+    # Below .preparing all is ours, even where a killed removal has taken the marker first.
+    if ".preparing" not in folder.parts and not marker.exists() and any(folder.glob("[!.]*")):
+        raise UserError(
+            f"{folder} is not empty, and was not made by prepare.py; move it away first"
+        )
     if folder.exists() and not (marker.exists() and marker.read_text("utf-8") == settings):
         log.warning("%s was begun with other settings: starting it over", folder.name)
         shutil.rmtree(folder)

@@ -129,12 +129,12 @@ def test_a_report_is_made_anew_but_nothing_else_is_replaced(
     page = make(out, "--runs", "cvae", "vae")
     assert "vae" in page
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds notes.txt, which report.py did not make"):
+    with pytest.raises(UserError, match=r"holds notes\.txt, which report\.py did not make"):
         report.main(["--runs", "cvae", "--out", str(out)])
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "index.html").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty, and was not made by report.py"):
+    with pytest.raises(UserError, match=r"is not empty, and was not made by report\.py"):
         report.main(["--runs", "cvae", "--out", str(other)])
     assert (other / "index.html").read_text() == "years of work"
 

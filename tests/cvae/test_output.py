@@ -3,7 +3,7 @@
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,9 @@ def test_places_that_an_output_never_takes(
     (home / "file").write_text("mine")
     (home / "here").mkdir()
     monkeypatch.chdir(home / "here")
-    place = Path.home() if name == "~" else Path(name) if name.startswith(("/", ".")) else home / name
+    place = (
+        Path.home() if name == "~" else Path(name) if name.startswith(("/", ".")) else home / name
+    )
     with pytest.raises(UserError):
         check_folder(place, "report.py")
     with pytest.raises(UserError):
@@ -99,9 +101,14 @@ def test_own_output_is_replaced_and_of_that_command_alone(home: Path) -> None:
 
 def test_what_comes_in_the_way_meanwhile_stays(home: Path) -> None:
     out = home / "out"
-    with pytest.raises(UserError, match="named pipe"), whole_folder(out, "report.py") as nascent:
-        (nascent / "page").write_text("new")
-        os.mkfifo(out)
+
+    def interrupted() -> None:
+        with whole_folder(out, "report.py") as nascent:
+            (nascent / "page").write_text("new")
+            os.mkfifo(out)
+
+    with pytest.raises(UserError, match="named pipe"):
+        interrupted()
     assert stat.S_ISFIFO(os.lstat(out).st_mode)
     out.unlink()
     (home / ".out.new").mkdir()
@@ -130,13 +137,11 @@ def test_killed_at_any_rename_old_or_new_is_whole(
         write(out, "old")
         child = os.fork()
         if child == 0:
-            count = 0
+            left = iter(range(moment))
 
-            def killed(one: Path, other: Path) -> None:
-                nonlocal count
-                if count == moment:
+            def killed(one: Path, other: Path, left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
                     os._exit(1)
-                count += 1
                 rename(one, other)
 
             os.rename = killed

@@ -40,10 +40,15 @@ def test_a_folder_that_is_not_empty_is_one_line_and_status_2(
 ) -> None:
     make_run("mine")
     script = str(PROJECT_ROOT / "workflows" / "export.py")
-    command = [sys.executable, script, "mine", str(tmp_path)]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    command = [sys.executable, script, "mine", str(full)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == (f"error: {tmp_path} is not empty; name a folder that is not there yet\n")
+    assert done.stderr == (
+        f"error: {full} is not empty, and was not made by export.py; name a new folder, or remove it first\n"
+    )
 
 
 def test_mistakes_make_no_folder(tiny_store: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_mistake_is_one_line_and_status_2(tiny_store: Path) -> None:
         ("mine low --reconstruct", "take no captions"),
         ("mine --reconstruct --latent-map", "not allowed with"),
         ("mine --latent-map nine", "nine: no such run"),
-        ("mine --out there/a.png", "a folder that exists"),
+        ("mine --out there/a.png", "there is no folder there"),
         ("mine --out a.jpg", "name it a.png"),
         ("plain low", "without a condition"),
         ("words --latent-map", "has no labels"),

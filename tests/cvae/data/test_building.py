@@ -17,6 +17,7 @@ import pytest
 from cvae.data.building import locked, parts_folder, progress_bar, run_parallel, save_array
 from cvae.data.coco import prepare_coco
 from cvae.data.fashion_mnist import prepare_fashion_mnist
+from cvae.data.scenes_coco import prepare_scenes
 from cvae.data.store import Store, store_path
 from cvae.errors import UserError
 from tests.cvae.data.conftest import contents, write_coco
@@ -169,3 +170,27 @@ def test_a_disk_that_fills_up_while_coco_is_prepared_costs_nothing(
     assert not list(full_disk.glob("data/*/manifest.json"))
     subprocess.run(["mount", "-o", "remount,size=8m", full_disk], check=True)
     prepare_coco(root, {"val": "val2017"}, 64, small_bert).store.verify()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "named pipe"])
+def test_what_prepare_did_not_make_stays(home: Path, small_bert: str, kind: str) -> None:
+    coco = write_coco(home / "source", {"val2017": 3})
+    path = home / "data" / "coco-16"
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    elif kind == "file":
+        path.write_text("mine")
+    else:
+        os.mkfifo(path)
+    before = os.lstat(path)
+    with pytest.raises(UserError, match=r"is not a folder|no store that prepare\.py made"):
+        prepare_coco(coco, {"val": "val2017"}, 16, small_bert)
+    assert os.lstat(path).st_ino == before.st_ino
+    drawn = home / "data" / "scenes-coco"
+    drawn.mkdir()
+    (drawn / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"was not made by prepare\.py"):
+        prepare_scenes(4, text_encoder=small_bert)
+    assert (drawn / "thesis.tex").read_text() == "mine"
