@@ -20,7 +20,6 @@ from workflows.run_state import (
     run_state,
     submissions,
     total_steps,
-    training_seconds,
 )
 from workflows.text import Fact, aligned, clock, count, duration, shown
 
@@ -191,7 +190,7 @@ def _how_it_ended(run: RunDirectory, state: RunState, lines: list[dict[str, Any]
     total = total_steps(run)
     at = f"at step {newest_step(lines):,}" + (f" of {total:,}" if total else "")
     if state.status == "finished":
-        return f"{run.name} {at} in {duration(training_seconds(lines))}"
+        return f"{run.name} {at} in {duration(journal.training_seconds(lines))}"
     return f"{run.name} {at}: {textwrap.shorten(state.reason, 300)}"
 
 

@@ -97,14 +97,3 @@ def best_epoch(lines: list[Line]) -> Line | None:
 
 def newest_step(lines: list[Line]) -> int:
     return max((line["step"] for line in lines if line["kind"] in ("step", "end")), default=0)
-
-
-def training_seconds(lines: list[Line]) -> float:
-    """From each start to the last that was heard before the next one: queues and pauses do not count."""
-    seconds, since = 0.0, None
-    for before, line in zip([None, *lines], lines, strict=False):
-        if line["kind"] == "start":
-            since = line["time"]
-        elif since is not None and before is not None:
-            seconds += line["time"] - before["time"]
-    return seconds

@@ -16,7 +16,6 @@ from workflows.run_state import (
     run_state,
     submissions,
     total_steps,
-    training_seconds,
 )
 from workflows.story import story
 from workflows.text import Fact, aligned, clock, count, duration, shown, table
@@ -62,7 +61,7 @@ def show_text(run: RunDirectory) -> str:
         ("training", f"batch {training.global_batch_size}, lr {experiment.optimizer.lr:g}"),
         (
             "steps",
-            f"{_progress(run, lines, ' of ')}, {duration(training_seconds(lines))} of training",
+            f"{_progress(run, lines, ' of ')}, {duration(journal.training_seconds(lines))} of training",
         ),
     ]
     facts += [("submitted", _submission(entry)) for entry in submissions(run)]

@@ -31,7 +31,7 @@ class Record:
         self.step = 0
         self._system = SystemMetrics()
         starts = [line for line in journal.read(run.journal_file)[0] if line["kind"] == "start"]
-        self.data_digest: str | None = starts[-1]["data_digest"] if starts else None
+        self.data_digest: str | None = starts[-1].get("data_digest") if starts else None
         """Of the data that the run was trained on so far."""
         self.begun = bool(starts)
         self._code: str | None = starts[-1].get("code") if starts else None

@@ -106,7 +106,7 @@ def test_a_metric_that_is_not_a_number_is_told_from_one_that_is_missing(
     runs: list[RunDirectory], tmp_path: Path
 ) -> None:
     journal = Journal(runs[0].journal_file)
-    journal.append("evaluation", step=30, metrics={"eval/psnr": float("nan")})
+    journal.append("evaluation", step=30, key="psnr", metrics={"eval/psnr": float("nan")})
     journal.close()
     page = make(tmp_path / "report", "--runs", "cvae", "vae")
     rows = {name: page[page.index(f">{name}</td>") :].split("</tr>")[0] for name in ("cvae", "vae")}

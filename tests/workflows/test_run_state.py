@@ -3,7 +3,7 @@
 import pytest
 
 from slurm.client import JobState
-from workflows.run_state import Line, judge, training_seconds
+from workflows.run_state import Line, judge
 
 START: Line = {"kind": "start", "time": 100.0}
 STOPPED: Line = {"kind": "end", "time": 200.0, "status": "stopped", "reason": "SIGTERM at step 9"}
@@ -50,16 +50,3 @@ def test_a_local_job_that_was_cancelled_early_did_not_die() -> None:
     ended = JobState("ended", "ENDED")
     assert judge([], ended, cancelled=True).status == "cancelled"
     assert judge([], ended, cancelled=False).status == "died"
-
-
-def test_training_time_leaves_out_the_queue() -> None:
-    lines: list[Line] = [
-        {"kind": "start", "time": 10.0},
-        {"kind": "step", "time": 15.0},
-        {"kind": "end", "time": 20.0},
-        {"kind": "start", "time": 1000.0},
-        {"kind": "step", "time": 1003.0},  # and then killed
-        {"kind": "start", "time": 2000.0},
-        {"kind": "end", "time": 2001.0},
-    ]
-    assert training_seconds(lines) == pytest.approx(10 + 3 + 1)

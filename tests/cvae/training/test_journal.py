@@ -3,16 +3,20 @@ import json
 import logging
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cvae.training.journal import Journal, read
+from cvae.training.journal import Journal, read, read_outline, training_seconds
+from cvae.training.journal_lines import BadLine, Line, decode
 
 WRITER = """
 import sys
@@ -27,7 +31,7 @@ for step in range(1_000_000):
 def test_lines_come_back_as_they_went_in(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     before = time.time()
-    journal.append("start", world_size=8, hosts=["a", "b"], job_id=None)
+    journal.append("start", step=0, world_size=8, hosts=["a", "b"], job_id=None)
     metrics = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": 3}
     journal.append("step", step=1, metrics=metrics)
     journal.close()
@@ -101,7 +105,7 @@ def test_reading_on_from_an_offset_gives_each_line_once(tmp_path: Path) -> None:
             records, offset = read(path, offset)
             steps += [record["step"] for record in records]
     with open(path, "ab") as file:
-        file.write(b'{"kind":"step","st')
+        file.write(b'{"time":1,"kind":"step","metrics":{},"st')
         file.flush()
         records, offset = read(path, offset)
         steps += [record["step"] for record in records]
@@ -110,10 +114,81 @@ def test_reading_on_from_an_offset_gives_each_line_once(tmp_path: Path) -> None:
     assert steps == list(range(51))
 
 
+GOOD: dict[str, Line] = {
+    "start": {"step": 0, "world_size": 2, "hosts": ["a", "b"], "device": "cpu", "commit": None},
+    "preflight": {
+        "hosts": {"a": {"free_disk": None, "free_memory": 1, "clock_offset_s": -0.1}},
+        "seconds": 0.5,
+        "all_reduce": {"latency_s": 1e-4, "bytes": 8, "seconds": 0.1},
+    },
+    "step": {"step": 1, "metrics": {"train/loss": "nan", "train/kl": 2}},
+    "system": {"step": 1, "metrics": {"system/cpu": 0.5}},
+    "epoch": {"step": 1, "epoch": 1, "metrics": {"val/loss": "-inf"}},
+    "evaluation": {"step": 1, "key": "val/fid", "metrics": {"eval/fid": 1.0}},
+    "picture": {"step": 1, "key": "samples", "path": "pictures/a.png"},
+    "checkpoint": {"step": 1, "path": "checkpoints/step-1", "stall_s": 0.1, "write_s": 1},
+    "artifact": {"path": "model"},
+    "notice": {"message": "café 🙂"},
+    "end": {"step": 1, "status": "finished", "reason": ""},
+}
+ODD: list[Any] = [
+    None,
+    "odd",
+    "\ud800",
+    -1,
+    1.5,
+    True,
+    10**400,
+    1e400,
+    [],
+    [1],
+    {},
+    {"x": None},
+    {"x": {}},
+]
+
+
+def test_the_decoder_takes_what_is_written_and_refuses_the_rest_in_words() -> None:
+    for kind, fields in GOOD.items():
+        line = {"time": 1.0, "kind": kind, **fields}
+        assert decode(json.dumps(line).encode())["kind"] == kind
+        for name in line:
+            for odd in ODD:
+                # Nothing but BadLine: neither another error nor what could not be printed.
+                with suppress(BadLine):
+                    got = decode(json.dumps({**line, name: odd}).encode())
+                    json.dumps(got, ensure_ascii=False).encode()
+    for name in ("time", "kind", "step", "metrics"):
+        lacking = {"time": 1.0, "kind": "step", **GOOD["step"]}
+        del lacking[name]
+        with pytest.raises(BadLine, match=f"{name} is missing"):
+            decode(json.dumps(lacking).encode())
+    for line, name in (
+        ({"kind": "step", "step": "7", "metrics": {}}, "step"),
+        ({"kind": "end", "step": 7, "reason": ""}, "status"),
+        ({"kind": "epoch", "step": 7, "epoch": 1, "metrics": {"val/kl": 1}}, "metrics"),
+        ({"kind": "artifact", "path": "../../other"}, "path"),
+        ({"kind": "picture", "step": 1, "key": "x", "path": "/etc/passwd"}, "path"),
+    ):
+        with pytest.raises(BadLine, match=name):
+            decode(json.dumps({"time": 1.0, **line}).encode())
+
+
 @pytest.mark.parametrize(
-    "damage", [b"\0\0\0\xff", b"[1]", b'{"step": 1}', b'{"kind":"step","metrics":{"a":null}}', b"7"]
+    "damage",
+    [
+        b"\0\0\0\xff",
+        b"[1]",
+        b'{"step": 1}',
+        b'{"time":1,"kind":"step","step":1,"metrics":{"a":null}}',
+        b"7",
+        b"",
+        b"[" * 100_000,
+        b"9" * 5_000,
+        '{"time":1,"kind":"notice","message":"x"}'.encode("utf-16"),
+    ],
 )
-def test_a_damaged_line_is_skipped_aloud(
+def test_a_damaged_line_is_skipped_with_one_warning(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "journal.jsonl"
@@ -124,8 +199,59 @@ def test_a_damaged_line_is_skipped_aloud(
     path.write_bytes(path.read_bytes() + damage + b"\n")
     with caplog.at_level(logging.WARNING):
         Journal(path).append("step", step=2, metrics={})
-    assert f"at byte {size}" in caplog.text
+        path.write_bytes(path.read_bytes() + damage + b"\n")
+        assert read(path, size)[1] == path.stat().st_size
+    assert caplog.text.count("is skipped") == 1
+    assert f"{path}: line 2 is skipped" in caplog.text
+    assert len(caplog.records[0].getMessage()) < len(str(path)) + 300
     assert [record["step"] for record in read(path)[0]] == [1, 2]
+    assert read_outline(path)[-1]["step"] == 2
+
+
+def random_journal(draw: random.Random) -> list[Line]:
+    kinds = ["start", "end", "preflight", "step", "system", "epoch", "evaluation", "notice"]
+    now, lines = 1e9, list[Line]()
+    for kind in draw.choices(kinds, [2, 1, 1, 6, 2, 1, 1, 1], k=draw.randrange(60)):
+        now += draw.choice([0.0, 0.25, 1.0, 3600.0])
+        lines.append({"time": now, "kind": kind, **GOOD[kind], "step": len(lines)})
+    return lines
+
+
+def test_training_time_is_that_between_a_start_and_its_last_word(tmp_path: Path) -> None:
+    path, draw = tmp_path / "journal.jsonl", random.Random(7)
+    for _ in range(200):
+        lines = random_journal(draw)
+        # Of every start: to its end, or else to the last line of its own before the next attempt.
+        expected = 0.0
+        for number, line in enumerate(lines):
+            if line["kind"] == "start":
+                stretch = [line]
+                for later in lines[number + 1 :]:
+                    if later["kind"] in ("start", "preflight") or stretch[-1]["kind"] == "end":
+                        break
+                    if later["kind"] != "evaluation":
+                        stretch.append(later)
+                expected += stretch[-1]["time"] - line["time"]
+        assert training_seconds(lines) == pytest.approx(expected)
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        path.write_text(text)
+        outline = read_outline(path)
+        assert training_seconds(outline) == pytest.approx(expected)
+        others = [line for line in lines if line["kind"] not in ("step", "system")]
+        assert [one for one in outline if one["kind"] not in ("step", "system")] == [
+            decode(json.dumps(one).encode()) for one in others
+        ]
+        for kind in ("step", "system"):
+            steps = [line["step"] for line in lines if line["kind"] == kind]
+            kept = [line["step"] for line in outline if line["kind"] == kind]
+            assert kept[-1:] == steps[-1:]
+
+
+def test_a_pause_and_the_next_preflight_are_no_training() -> None:
+    times = {"start": (0, 1e6, 2e6), "end": (30, 2e6 + 1), "preflight": (1e6 - 5, 2e6 - 5)}
+    lines = [{"kind": kind, "time": when} for kind, whens in times.items() for when in whens]
+    lines += [{"kind": "step", "time": 1e6 + 3}, {"kind": "evaluation", "time": 1.5e6}]
+    assert training_seconds(sorted(lines, key=lambda line: line["time"])) == 30 + 3 + 1
 
 
 @pytest.mark.parametrize("lines_before_kill", [1, 40, 300])
