@@ -24,7 +24,9 @@ def run(home: Path) -> RunDirectory:
     run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
     run.launch_file.write_text(json.dumps([ENTRY]))
     lines = [(11, "start", 0), (20, "step", 40), (30, "step", 90), (51, "start", 80)]
-    text = "".join(json.dumps({"time": t, "kind": k, "step": s, "metrics": {}}) + "\n" for t, k, s in lines)
+    text = "".join(
+        json.dumps({"time": t, "kind": k, "step": s, "metrics": {}}) + "\n" for t, k, s in lines
+    )
     run.journal_file.write_text(text)
     nodes = [f"n{number}" for number in range(10)]
     crash = Try(1, 10.0, nodes, 31.0, "crash", "rank 3 on n1: Killed", "n1", "", True, ["n1"])
