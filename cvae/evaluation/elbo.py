@@ -1,7 +1,6 @@
 """−ELBO of a whole split: exact on the last partial batch, added up over the ranks."""
 
 import math
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -9,8 +8,9 @@ from torch import Tensor
 from cvae.config import Experiment
 from cvae.data.experiment_data import ExperimentData
 from cvae.data.feed import micro_batches
-from cvae.data.order import eval_blocks
+from cvae.data.order import Batch, eval_blocks
 from cvae.data.store import Split
+from cvae.inference import Parts
 from cvae.models.cvae import Cvae
 from cvae.training import precision
 from cvae.training.ranks import Ranks
@@ -32,23 +32,27 @@ def evaluate_elbo(
     at_once = experiment.training.micro_batch_size or size.stop - size.start
     by_text = experiment.model.condition == "text" and len(split) > 1
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    parts = Parts(at_once)
     with torch.inference_mode(), precision.autocast(dtype, ranks.device):
         for block in eval_blocks(experiment.seed, len(split), model.latent_shape):
             share = ranks.share(len(block.indices))
-            own = micro_batches(data, split, block, share, at_once, ranks.device)
             strangers = block._replace(indices=(block.indices + 1) % len(split))
-            captions = (
-                micro_batches(data, split, strangers, share, at_once, ranks.device)
-                if by_text
-                else []
-            )
-            for micro, stranger in zip_longest(own, captions):
-                elbo = model(*micro)
-                sums[:2] += _sums(elbo.recon_loss, elbo.kl)
-                if stranger is not None:
-                    other = model(micro.images, stranger.condition, micro.noise)
+
+            def summed(places: slice, block: Batch = block, strangers: Batch = strangers) -> Tensor:
+                """(4,): sums of recon_loss, of kl, of the text's gain and of its square."""
+                (own,) = micro_batches(data, split, block, places, None, ranks.device)
+                elbo = model(*own)
+                found = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+                found[:2] = _sums(elbo.recon_loss, elbo.kl)
+                if by_text:
+                    (told,) = micro_batches(data, split, strangers, places, None, ranks.device)
+                    other = model(own.images, told.condition, own.noise)
                     gain = (other.recon_loss - elbo.recon_loss) + (other.kl - elbo.kl)
-                    sums[2:] += _sums(gain, gain.double().square())
+                    found[2:] = _sums(gain, gain.double().square())
+                return found
+
+            for found in parts.each(range(share.start, share.stop), summed):
+                sums += found
     n = len(split)
     recon_loss, kl, gain_sum, gain_squares = ranks.sum(sums).tolist()
     recon_loss, kl = recon_loss / n, kl / n

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cvae.errors import UserError
-from cvae.evaluation.subject import Subject
+from cvae.evaluation.subject import Part, Subject
 from cvae.inference import to_bytes
 from cvae.models.cvae import to_unit
 
@@ -83,17 +83,25 @@ def evaluate_frechet(subject: Subject, features: nn.Module, name: str) -> dict[s
         raise UserError("a Fréchet distance needs two images or more")
     device = subject.ranks.device
     features = features.to(device).eval()
-    measures = [
-        FrechetInceptionDistance(features, sync_on_compute=False).to(device) for _ in range(2)
-    ]
+    # The features are computed here, where a batch that does not fit is cut.
+    ready = nn.Identity()
+    ready.num_features = features.num_features
+    measures = [FrechetInceptionDistance(ready, sync_on_compute=False).to(device) for _ in range(2)]
+
+    def featured(part: Part) -> list[Tensor]:
+        """The features of the images, of their reconstructions and of samples."""
+        images, condition, noise = part.batch
+        mean = subject.model.encode(to_unit(images), condition).mean
+        latents = (mean, subject.model.draw_latent(noise, condition))
+        made = [to_bytes(subject.model.decode(latent, condition)) for latent in latents]
+        found: list[Tensor] = [features(_rgb(seen)) for seen in (images, *made)]
+        return found
+
     with torch.inference_mode():
-        for part in subject.parts():
-            images, condition, noise = part.batch
-            mean = subject.model.encode(to_unit(images), condition).mean
-            latents = (mean, subject.model.draw_latent(noise, condition))
-            for measure, latent in zip(measures, latents, strict=True):
-                measure.update(_rgb(images), real=True)
-                measure.update(_rgb(to_bytes(subject.model.decode(latent, condition))), real=False)
+        for _, (real, *fakes) in subject.each(featured):
+            for measure, fake in zip(measures, fakes, strict=True):
+                measure.update(real, real=True)
+                measure.update(fake, real=False)
         distances = []
         for measure in measures:
             for state in _STATES:

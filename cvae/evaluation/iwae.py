@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cvae.data.order import binarised, iwae_noise
 from cvae.evaluation.subject import Part, Subject
+from cvae.inference import Parts, memory_for_images, memory_of_an_image
 
 _IMAGES_AT_ONCE = 2_048  # decoded: of all draws of some images
 _PIXELS_AT_ONCE = 2**23
@@ -22,8 +23,8 @@ def evaluate_iwae(subject: Subject, n_draws: int) -> dict[str, float]:
     """
     total = torch.zeros(1, dtype=torch.float64, device=subject.ranks.device)
     with torch.inference_mode():
-        for part in subject.parts(advances=False):
-            total += _bound(subject, part, n_draws).sum()
+        for _, bounds in subject.each(lambda part: _bound(subject, part, n_draws), advances=False):
+            total += bounds.sum()
     nats = float(subject.ranks.sum(total)) / len(subject.split)
     bits = nats / math.prod(subject.model.shape) / math.log(2)
     return {f"iwae_{n_draws}": nats, f"iwae_{n_draws}_bits_per_dim": bits}
@@ -36,15 +37,31 @@ def _bound(subject: Subject, part: Part, n_draws: int) -> Tensor:
     if model.likelihood.is_binary:
         grey = images.cpu().numpy()
         observed = torch.from_numpy(binarised(subject.seed, part.rows, grey)).to(images.device)
-    room = min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // math.prod(model.shape))
-    at_once = max(1, room // len(images))
+    room = min(
+        _IMAGES_AT_ONCE,
+        _PIXELS_AT_ONCE // math.prod(model.shape),
+        memory_for_images(images.device) // memory_of_an_image(model),
+    )
     total = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
-    for first in range(0, n_draws, at_once):
-        draws = range(first, min(first + at_once, n_draws))
-        noise = iwae_noise(subject.seed, part.block, draws, model.latent_shape)[:, part.places]
+    done = 0.0
+
+    def weighed(draws: slice) -> Tensor:
+        """log of the sum of these draws' weights, (b,)."""
+        numbers = range(draws.start, draws.stop)
+        noise = iwae_noise(subject.seed, part.block, numbers, model.latent_shape)[:, part.places]
         weights = model.log_weights(
             images, observed, condition, torch.from_numpy(noise).to(images.device)
         )
-        total = torch.logaddexp(total, weights.logsumexp(0))
-        subject.advance(len(images) * len(draws) / n_draws)
+        nonlocal done
+        done += len(images) * len(numbers) / n_draws
+        subject.advance(len(images) * len(numbers) / n_draws)
+        return weights.logsumexp(0)
+
+    try:
+        # Memory may be too small for one draw of all these images: then there are fewer images.
+        for logs in Parts(max(1, room // len(images))).each(range(n_draws), weighed):
+            total = torch.logaddexp(total, logs)
+    except torch.OutOfMemoryError:
+        subject.advance(-done)
+        raise
     return math.log(n_draws) - total

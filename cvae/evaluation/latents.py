@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cvae.evaluation.latent_map import linear_probe
-from cvae.evaluation.subject import Subject
+from cvae.evaluation.subject import Part, Subject
 from cvae.models.cvae import to_unit
 
 _ACTIVE = 0.01
@@ -20,13 +19,17 @@ def active_units(subject: Subject) -> dict[str, float]:
     """
     size = int(np.prod(subject.model.latent_shape))
     sums = torch.zeros(2, size, dtype=torch.float64, device=subject.ranks.device)
+
+    def moments(part: Part) -> torch.Tensor:
+        images, condition, noise = part.batch
+        mean = subject.model.encode(to_unit(images), condition).mean
+        mean = mean - subject.model.draw_latent(torch.zeros_like(noise), condition)
+        mean = mean.flatten(1).double()
+        return torch.stack([mean.sum(0), mean.square().sum(0)])
+
     with torch.inference_mode():
-        for part in subject.parts():
-            images, condition, noise = part.batch
-            mean = subject.model.encode(to_unit(images), condition).mean
-            mean = mean - subject.model.draw_latent(torch.zeros_like(noise), condition)
-            mean = mean.flatten(1).double()
-            sums += torch.stack([mean.sum(0), mean.square().sum(0)])
+        for _, found in subject.each(moments):
+            sums += found
     n = len(subject.split)
     first, second = subject.ranks.sum(sums) / n
     variance = second - first.square()
@@ -36,19 +39,18 @@ def active_units(subject: Subject) -> dict[str, float]:
 def probe(subject: Subject) -> dict[str, float]:
     """How well a linear classifier reads the class from μ (see latent_map.linear_probe); labelled splits."""
     assert subject.split.labels is not None
-    rows: list[NDArray[np.int64]] = []
-    means = []
+
+    def mean(part: Part) -> torch.Tensor:
+        return subject.model.encode(to_unit(part.batch.images), part.batch.condition).mean
+
     with torch.inference_mode():
-        for part in subject.parts():
-            means.append(
-                subject.model.encode(to_unit(part.batch.images), part.batch.condition).mean
-            )
-            rows.append(part.rows)
+        found = [(part.rows, means) for part, means in subject.each(mean)]
+    rows, means = [of for of, _ in found], [of for _, of in found]
     whole = subject.every(means, rows, int(np.prod(subject.model.latent_shape)))
-    found: tuple[float, float] | None = None
+    answer: tuple[float, float] | None = None
     if subject.ranks.is_first:
         chosen = np.linspace(0, len(whole) - 1, min(len(whole), _PROBED)).astype(np.int64)
         result = linear_probe(whole.cpu().numpy()[chosen], subject.split.labels[chosen])
-        found = (result.accuracy, result.chance)
-    accuracy, chance = subject.ranks.tell(found) or (float("nan"), float("nan"))
+        answer = (result.accuracy, result.chance)
+    accuracy, chance = subject.ranks.tell(answer) or (float("nan"), float("nan"))
     return {"linear_probe": accuracy, "linear_probe_chance": chance}

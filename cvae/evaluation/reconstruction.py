@@ -11,7 +11,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from cvae.evaluation.subject import Subject
+from cvae.evaluation.subject import Part, Subject
 from cvae.grids import labelled_grid
 from cvae.inference import reconstruct
 from cvae.models.cvae import to_unit
@@ -27,22 +27,23 @@ class Reconstruction(NamedTuple):
 
 def evaluate_reconstruction(subject: Subject) -> Reconstruction:
     """psnr in dB and ssim (Wang et al. 2004) of the mean reconstruction in [0, 1]; means over the images."""
-    scores, rows = [], []
+
+    def scored(part: Part) -> torch.Tensor:
+        """(b, 2): PSNR and SSIM."""
+        images, condition, _ = part.batch
+        target = to_unit(images)
+        mean = subject.model.encode(target, condition).mean
+        found = subject.model.decode(mean, condition)
+        psnr = peak_signal_noise_ratio(
+            found, target, data_range=1.0, reduction="none", dim=(1, 2, 3)
+        )
+        ssim = structural_similarity_index_measure(found, target, data_range=1.0, reduction="none")
+        assert isinstance(ssim, torch.Tensor)
+        return torch.stack([psnr.reshape(-1), ssim.reshape(-1)], dim=1)
+
     with torch.inference_mode():
-        for part in subject.parts():
-            images, condition, _ = part.batch
-            target = to_unit(images)
-            mean = subject.model.encode(target, condition).mean
-            found = subject.model.decode(mean, condition)
-            psnr = peak_signal_noise_ratio(
-                found, target, data_range=1.0, reduction="none", dim=(1, 2, 3)
-            )
-            ssim = structural_similarity_index_measure(
-                found, target, data_range=1.0, reduction="none"
-            )
-            assert isinstance(ssim, torch.Tensor)
-            scores.append(torch.stack([psnr.reshape(-1), ssim.reshape(-1)], dim=1))
-            rows.append(part.rows)
+        found = [(part.rows, scores) for part, scores in subject.each(scored)]
+    rows, scores = [of for of, _ in found], [of for _, of in found]
     whole = subject.every(scores, rows, 2)
     psnr, ssim = whole.double().mean(0).tolist()
     picture = _extremes(subject, whole[:, 0].cpu().numpy()) if subject.ranks.is_first else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvae.data.feed import MicroBatch, micro_batches
-from cvae.data.order import eval_blocks
+from cvae.data.order import Batch, eval_blocks
 from cvae.data.store import Split
-from cvae.inference import images_at_once
+from cvae.inference import Parts, images_at_once
 from cvae.models.cvae import Cvae
 from cvae.sampling import Trained
 from cvae.training.ranks import Ranks
 
 Advance = Callable[[float], object]
+T = TypeVar("T")
 
 
 class Part(NamedTuple):
@@ -47,23 +48,30 @@ class Subject:
     def seed(self) -> int:
         return self.trained.experiment.seed
 
-    def parts(self, advances: bool = True) -> Iterator[Part]:
-        """This rank's images in order; over all ranks each image of the split once.
+    def each(
+        self, function: Callable[[Part], T], advances: bool = True
+    ) -> Iterator[tuple[Part, T]]:
+        """Yields this rank's images in order, and the function of them. All ranks together have each image once.
 
-        advances: whether a part is done when the next is asked for; else the caller tells.
+        The function must change nothing: it is called again with fewer images if the device runs out of memory.
+        advances: whether a part is done when the next is asked for; otherwise the function reports it.
         """
         data, model = self.trained.data, self.model
-        at_once = images_at_once(model)
+        parts = Parts(images_at_once(model))
         for number, block in enumerate(eval_blocks(self.seed, len(self.split), model.latent_shape)):
             share = self.ranks.share(len(block.indices))
-            pieces = micro_batches(data, self.split, block, share, at_once, self.ranks.device)
-            first = share.start
-            for piece in pieces:
-                places = slice(first, first + len(piece.images))
-                yield Part(number, places, block.indices[places], piece)
+
+            def computed(
+                places: slice, number: int = number, block: Batch = block
+            ) -> tuple[Part, T]:
+                (batch,) = micro_batches(data, self.split, block, places, None, self.ranks.device)
+                part = Part(number, places, block.indices[places], batch)
+                return part, function(part)
+
+            for part, found in parts.each(range(share.start, share.stop), computed):
+                yield part, found
                 if advances:
-                    self.advance(len(piece.images))
-                first = places.stop
+                    self.advance(len(part.rows))
 
     def every(self, values: list[Tensor], rows: list[NDArray[np.int64]], width: int) -> Tensor:
         """(len(split), width) fp32 on every rank, from each rank's rows of it, (b, width) each."""

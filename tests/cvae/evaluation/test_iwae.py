@@ -1,6 +1,7 @@
 """The importance-weighted bound beside closed forms, on a model small enough to have them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class LinearGaussian(Cvae):
     def __init__(self, exact: bool) -> None:
         nn.Module.__init__(self)
         generator = torch.Generator().manual_seed(3)
+        self.condition_dim, self.beside = 0, nn.Parameter(torch.zeros(1))
         self.weight = torch.randn(PIXELS, LATENT, generator=generator, dtype=torch.float64)
         self.bias = torch.randn(PIXELS, generator=generator, dtype=torch.float64)
         self.exact = exact
@@ -82,11 +84,11 @@ class Alone(NamedTuple):
     def advance(self, images: float) -> None:
         pass
 
-    def parts(self, advances: bool) -> list[Part]:
+    def each(self, function: Callable[[Part], Tensor], advances: bool) -> list[tuple[Part, Tensor]]:
         n = len(self.images)
         noise = torch.zeros(n, *self.model.latent_shape)
-        batch = MicroBatch(self.images, None, noise)
-        return [Part(0, slice(0, n), np.arange(n), batch)]
+        part = Part(0, slice(0, n), np.arange(n), MicroBatch(self.images, None, noise))
+        return [(part, function(part))]
 
 
 @pytest.fixture
