@@ -85,7 +85,7 @@ def test_a_device_without_room_for_one_image_says_so(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SmallDevice(monkeypatch, trained.model, room=0)
-    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         everything(trained)
 
 
