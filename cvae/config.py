@@ -182,7 +182,16 @@ class Training(Strict):
         description="what adds up the ranks' gradients; the curve and the checkpoints are the same",
     )
     deepspeed: DeepSpeed = DeepSpeed()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto",
+        description="of matrix products and convolutions; auto: bf16 on GPUs of capability 8.0 or more, fp16 on"
+        " older ones, fp32 on CPUs. fp32 uses no TF32 anywhere, tf32 (A100 and later) uses it in both",
+    )
+    deterministic: bool = Field(
+        False,
+        description="only operations that give the same bits every time; on a GPU some are slower. A resumed"
+        " run ends in bit-identical weights on CPUs anyway, on GPUs only with this",
+    )
     compile: bool = Field(
         False,
         description="fuse the model's operations by torch.compile: some seconds before the first step,"

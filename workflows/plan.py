@@ -178,13 +178,11 @@ def _engine(training: Training) -> str:
 
 def _precision(wanted: str, place: Place) -> str:
     """Raises UserError where this machine cannot do what is wanted."""
-    import torch
-
     from cvae.training import precision
+    from cvae.training.device import default_device
 
     if place.config.executor == "local":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        resolved = precision.resolve(wanted, device)
+        resolved = precision.resolve(wanted, default_device())
         return resolved if wanted == resolved else f"{resolved} ({wanted})"
     if wanted != "auto":
         return wanted

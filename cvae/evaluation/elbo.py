@@ -26,7 +26,7 @@ def evaluate_elbo(
     differ by the model alone.
     """
     model.eval()
-    dtype = precision.resolve(experiment.training.precision, ranks.device)
+    dtype = precision.resolve_to_measure(experiment.training.precision, ranks.device)
     # As many images at once as a training step has, so that what could be trained can be evaluated.
     size = ranks.share(experiment.training.global_batch_size)
     at_once = experiment.training.micro_batch_size or size.stop - size.start

@@ -24,7 +24,7 @@ from cvae.inference import sample
 from cvae.paths import write_atomically
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
-from cvae.training import journal
+from cvae.training import journal, precision
 from cvae.training.journal import Journal
 from cvae.training.lock import exclusively
 from cvae.training.preflight import everywhere
@@ -40,8 +40,12 @@ def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) ->
     The ranks find each other by torch's environment variables. progress_file: where rank 0 tells how far it is.
     Raises UserError where a run has no checkpoint, is being trained, or was trained on other data.
     """
+    parsed = [Request(**request) for request in requests]
+    for asked in parsed:
+        with suppress(UserError):  # of an unreadable experiment.yaml, which is reported below
+            precision.before_cuda(RunDirectory(Path(asked.run)).experiment().training)
     with connect() as ranks:
-        for asked in (Request(**request) for request in requests):
+        for asked in parsed:
             run = RunDirectory(Path(asked.run))
             with exclusively(run, ranks):
                 _evaluate(run, asked, ranks, progress_file)
@@ -49,6 +53,7 @@ def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) ->
 
 def _evaluate(run: RunDirectory, asked: Request, ranks: Ranks, progress_file: Path) -> None:
     trained: Trained = everywhere(ranks, lambda: load_run(run, ranks.device))
+    precision.establish(trained.experiment.training, ranks.device, measures=True)
     lines = journal.read(run.journal_file)[0]
     _check_data(trained, lines)
     split = trained.data.val if asked.split == "val" else trained.data.train

@@ -10,6 +10,7 @@ from cvae.config import Experiment
 from cvae.data.feed import MicroBatch
 from cvae.errors import UserError
 from cvae.models.cvae import Cvae
+from cvae.training import precision
 from cvae.training.checkpoint import Snapshot
 from cvae.training.ranks import Ranks
 
@@ -23,7 +24,7 @@ class Engine(Protocol):
 
     name: str
     precision: str
-    """fp32, bf16 or fp16, as training.precision was resolved on this device."""
+    """fp32, tf32, bf16 or fp16, as training.precision was resolved on this device."""
 
     @property
     def eval_model(self) -> Cvae:
@@ -51,7 +52,11 @@ class Engine(Protocol):
 
 
 def build_engine(model: Cvae, experiment: Experiment, ranks: Ranks) -> Engine:
-    """training.engine. Raises UserError where DeepSpeed is asked for and not installed."""
+    """Returns the engine that training.engine names, with PyTorch's switches set for it.
+
+    Raises UserError if DeepSpeed is asked for and not installed, or the device lacks the precision.
+    """
+    precision.establish(experiment.training, ranks.device)
     # Imported when asked for: importing DeepSpeed takes seconds.
     if experiment.training.engine == "deepspeed":
         check_deepspeed()

@@ -19,14 +19,16 @@ _NEVER = torch.iinfo(torch.int64).max
 class Meter:
     """Rate, share of time spent waiting for data, and the first step whose loss or gradient was not finite."""
 
-    def __init__(self, model: Cvae, experiment: Experiment, ranks: Ranks, total_steps: int):
+    def __init__(
+        self, model: Cvae, experiment: Experiment, ranks: Ranks, precision: str, total_steps: int
+    ):
+        """precision: as the engine has resolved it."""
         self.model, self.experiment, self.ranks = model, experiment, ranks
         self.total_steps = total_steps
         self.bad_step: int | None = None
         self._noted: list[tuple[int, Tensor]] = []
         # With loss scaling an overflow of the gradient is expected: the scaler skips that update by itself.
-        fp16 = ranks.device.type == "cuda" and experiment.training.precision in ("auto", "fp16")
-        self._watched = slice(0, 3) if fp16 else slice(0, 4)
+        self._watched = slice(0, 3) if precision == "fp16" else slice(0, 4)
         self.restart()
 
     def restart(self) -> None:

@@ -1,36 +1,82 @@
-"""The dtype policy, in one place.
+"""The dtype policy and the choice of kernels, in one place.
 
 Weights, optimizer state, reductions, KL and likelihood are fp32. Only the matrix products and convolutions
-of encoder and decoder run in the precision chosen here, by autocast.
+of encoder and decoder run in the precision chosen here, by autocast or as TF32.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from cvae.config import Training
 from cvae.errors import UserError
+from cvae.training.device import describe
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The first GPUs with bf16 and TF32 in hardware: A100 and its contemporaries.
+_AMPERE = (8, 0)
 
 
 def resolve(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16 for training.precision on this device.
+    """Returns fp32, tf32, bf16 or fp16 for training.precision on this device.
 
     auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, fp32 on CPUs. By compute
     capability: torch.cuda.is_bf16_supported() is true on a V100 too, through slow emulation.
-    Raises UserError for fp16 on a CPU.
+    Raises UserError for fp16 on a CPU, and for tf32 on a device that has none.
     """
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("training.precision = 'fp16' needs a GPU; on a CPU use fp32 or bf16")
+    name, _, capability = describe(device)
+    if capability is None and wanted in ("fp16", "tf32"):
+        raise UserError(f"training.precision = '{wanted}' needs a GPU; on a CPU use fp32 or bf16")
+    if wanted == "tf32" and capability is not None and capability < _AMPERE:
+        has = ".".join(map(str, capability))
+        raise UserError(
+            "training.precision = 'tf32' needs a GPU of compute capability 8.0 or more (A100 and later), and"
+            f" {name} has {has}; use fp16 or fp32"
+        )
     if wanted != "auto":
         return wanted
-    if device.type == "cpu":
+    if capability is None:
         return "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if capability >= _AMPERE else "fp16"
+
+
+def resolve_to_measure(wanted: str, device: torch.device) -> str:
+    """Returns the same, but fp32 on a device that lacks what the run was trained in, as a CPU lacks fp16."""
+    try:
+        return resolve(wanted, device)
+    except UserError:
+        return "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    if precision == "fp32":
+    if precision not in _HALF:
         return nullcontext()
     return torch.autocast(device.type, dtype=_HALF[precision])
+
+
+def before_cuda(training: Training) -> None:
+    """Sets what cuBLAS reads only once. Called before this process uses a GPU."""
+    if training.deterministic:
+        # With a workspace of fixed size cuBLAS adds up in one order ("Results reproducibility" in its manual).
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def establish(training: Training, device: torch.device, measures: bool = False) -> str:
+    """Sets PyTorch's switches for this process as the experiment says; returns the resolved precision.
+
+    What runs outside of autocast, as drawing and most measures do, is fp32 on every GPU unless tf32 was chosen:
+    by default PyTorch would use TF32 in convolutions alone, and numbers would depend on the GPU's generation.
+    measures: for an evaluation, whose precision is resolve_to_measure's, and in which an operation that has no
+    deterministic form is reported instead of refused.
+    """
+    precision = (resolve_to_measure if measures else resolve)(training.precision, device)
+    before_cuda(training)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.use_deterministic_algorithms(training.deterministic, warn_only=measures)
+    torch.backends.cudnn.deterministic = training.deterministic
+    # Tries cuDNN's algorithms for each new shape and keeps the fastest: which one that is depends on the moment.
+    torch.backends.cudnn.benchmark = not training.deterministic and device.type == "cuda"
+    return precision

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from cvae import code_snapshot
@@ -28,6 +27,7 @@ from cvae.errors import UserError
 from cvae.file_lock import has_flock
 from cvae.models.cvae import Cvae, build_model
 from cvae.paths import write_atomically
+from cvae.training.device import describe, memory
 from cvae.training.preflight_checks import (
     Facts,
     Finding,
@@ -193,16 +193,11 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
         idle = len(list(Path("/dev").glob("nvidia[0-9]*")))
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             idle = 0  # the user's own wish
-        free = psutil.virtual_memory().available
-        return {"gpu": None, "idle_gpus": idle, "free_memory": free}
-    told = torch.cuda.get_device_properties(device)
-    gpu = Gpu(
-        name=told.name,
-        id=str(getattr(told, "uuid", device)),
-        capability=(told.major, told.minor),
-        built_for=torch.cuda.get_arch_list(),
-    )
-    return {"gpu": gpu, "free_memory": torch.cuda.mem_get_info(device)[0]}
+        return {"gpu": None, "idle_gpus": idle, "free_memory": memory(device).free}
+    name, id, capability = describe(device)
+    assert capability is not None
+    gpu = Gpu(name=name, id=id, capability=capability, built_for=torch.cuda.get_arch_list())
+    return {"gpu": gpu, "free_memory": memory(device).free}
 
 
 def _host_facts(folder: Path) -> dict[str, Any]:

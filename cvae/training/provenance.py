@@ -5,11 +5,10 @@ import socket
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from cvae import code_snapshot
 from cvae.data.experiment_data import ExperimentData
 from cvae.data.store import MANIFEST
+from cvae.training.device import describe
 from cvae.training.ranks import Ranks
 
 _PACKAGES = (
@@ -30,7 +29,7 @@ def facts(data: ExperimentData, ranks: Ranks, precision: str) -> dict[str, Any]:
     return {
         "world_size": ranks.world_size,
         "hosts": ranks.gather(socket.gethostname()),
-        "device": _device_name(ranks.device),
+        "device": describe(ranks.device).name,
         "precision": precision,
         "job_id": os.environ.get("SLURM_JOB_ID", f"pid {os.getpid()}"),
         "code": code.source,
@@ -46,10 +45,6 @@ def facts(data: ExperimentData, ranks: Ranks, precision: str) -> dict[str, Any]:
 def package_versions() -> dict[str, str | None]:
     """None for one that is not installed."""
     return {name: _version(name) for name in _PACKAGES}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _version(package: str) -> str | None:

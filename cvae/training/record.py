@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from cvae import pictures
@@ -25,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Record:
-    def __init__(self, run: RunDirectory, writer: Journal | None):
+    def __init__(self, run: RunDirectory, writer: Journal | None, device: torch.device):
         self.run, self.writer = run, writer
         self.saver = Saver(run.checkpoints, self._written)
         self.step = 0
-        self._system = SystemMetrics()
+        self._system = SystemMetrics(device)
         starts = [line for line in journal.read(run.journal_file)[0] if line["kind"] == "start"]
         self.data_digest: str | None = starts[-1].get("data_digest") if starts else None
         """Of the data that the run was trained on so far."""
@@ -52,7 +53,7 @@ class Record:
     def step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self.step = step
         self._append("step", step=step, metrics=_prefixed("train", metrics))
-        system = self._system.measure()
+        system = None if self.writer is None else self._system.measure()
         if system is not None:
             self._append("system", step=step, metrics=system)
 
@@ -115,12 +116,12 @@ class Record:
 def open_record(run: RunDirectory, ranks: Ranks, mirrored: bool) -> Iterator[Record]:
     """The record of a run, mirrored to MLflow by a process of its own for as long as the context lasts."""
     if not ranks.is_first:
-        yield Record(run, None)
+        yield Record(run, None, ranks.device)
         return
     writer = Journal(run.journal_file)
     mirror = mlflow_mirror.start_mirror(run.path) if mirrored else None
     try:
-        yield Record(run, writer)
+        yield Record(run, writer, ranks.device)
     finally:
         writer.close()
         if mirror is not None and (behind := mirror.finish(_MIRROR_PATIENCE_S)):

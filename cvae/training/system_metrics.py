@@ -5,13 +5,16 @@ import time
 import psutil
 import torch
 
+from cvae.training.device import gpu_metrics
+
 _INTERVAL_S = 10.0
 
 
 class SystemMetrics:
     """Measures at most once in ten seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._due = time.monotonic()
         psutil.cpu_percent()  # the first call has nothing to compare with
 
@@ -31,7 +34,4 @@ class SystemMetrics:
         if network is not None:
             metrics["system/network_receive_megabytes"] = network.bytes_recv / 1e6
             metrics["system/network_transmit_megabytes"] = network.bytes_sent / 1e6
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            metrics[f"system/gpu_{index}_memory_usage_percentage"] = 100 * (1 - free / total)
-        return metrics
+        return metrics | gpu_metrics(self._device)

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from cvae.training import checkpoint, preflight
 from cvae.training.engine import build_engine
 from cvae.training.lock import exclusively
 from cvae.training.meter import Meter
+from cvae.training.precision import before_cuda
 from cvae.training.provenance import facts
 from cvae.training.ranks import Ranks, connect
 from cvae.training.record import Record, open_record
@@ -59,6 +61,8 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
     """
     run = RunDirectory(run_path)
     stop = StopFlag()
+    with suppress(UserError):  # of an unreadable experiment.yaml, which is reported below
+        before_cuda(run.experiment().training)
     with (
         connect() as ranks,
         watched(ranks) as watchdog,
@@ -108,7 +112,7 @@ def _train(
     batch_size, micro = experiment.training.global_batch_size, experiment.training.micro_batch_size
     order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
     share = ranks.share(batch_size)
-    meter = Meter(model, experiment, ranks, total)
+    meter = Meter(model, experiment, ranks, engine.precision, total)
 
     def draw() -> None:
         averaged = engine.eval_model

@@ -46,7 +46,7 @@ def measure(name: str, experiment: str, seconds: float, coco: Path | None, resul
 
     plan = load_experiment(Path(experiment))
     with connect() as ranks:
-        chosen = precision.resolve(plan.training.precision, ranks.device)
+        chosen = precision.establish(plan.training, ranks.device)
         subject = Subject(plan, open_data(plan), chosen, ranks.device, coco)
         build: Callable[[Subject], Contest] = bare if name == BARE else PEERS[name].build
         contest = build(subject)

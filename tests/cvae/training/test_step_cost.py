@@ -45,7 +45,7 @@ def test_a_step_of_the_loop_is_little_more_than_the_bare_one(
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
     ranks = Ranks(0, 1, _HERE, None)
     engine = build_engine(model, experiment, ranks)
-    meter = Meter(model, experiment, ranks, total_steps=100)
+    meter = Meter(model, experiment, ranks, engine.precision, total_steps=100)
     batch_size = experiment.training.global_batch_size
     order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
     limit = bare(Subject(experiment, data, "fp32", _HERE, None))
