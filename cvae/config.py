@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from cvae import yaml_model
 from cvae.errors import UserError
-from cvae.yaml_model import Strict
+from cvae.yaml_model import FromList, Number, Strict
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -49,7 +49,7 @@ class Resnet(Strict):
 class Ldm(Strict):
     """Stable Diffusion's autoencoder, in the words of diffusers; the defaults are its size (84 M)."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] = (
+    block_out_channels: Annotated[tuple[Positive, ...], FromList, Field(min_length=1)] = (
         128,
         256,
         512,
@@ -147,7 +147,7 @@ class Model(Strict):
 
 class Optimizer(Strict):
     lr: float = Field(gt=0, description="peak learning rate of Adam")
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], FromList] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW); 0 is plain Adam")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after warm-up; the last two end at 0"
@@ -163,7 +163,7 @@ class Optimizer(Strict):
 
 
 class DeepSpeed(Strict):
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Number] = Field(
         1,
         description="what the ranks share out instead of each holding it: 0 nothing, 1 Adam's state,"
         " 2 also the gradients, 3 also the weights (Rajbhandari et al. 2020)",

@@ -1,18 +1,21 @@
 """YAML files as strict pydantic models, with errors that name file, line, key and the nearest right key."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from cvae.errors import UserError
+from cvae import plain_yaml
+from cvae.errors import UserError, cut, shown
+from cvae.plain_yaml import Key, YamlError
 
-Key = tuple[str, ...]
+_MOST_BYTES = 1_000_000
+_MOST_PARTS = 8
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -24,16 +27,20 @@ class Strict(BaseModel):
     )
 
 
-class _Loader(yaml.SafeLoader):
-    pass
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
-# PyYAML follows YAML 1.1, where 3e-4 is a string; everybody who types a learning rate means YAML 1.2.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+def _number(value: Any) -> Any:
+    if type(value) is not int:
+        raise ValueError("should be a whole number")
+    return value
+
+
+# For a tuple: YAML knows lists only, while the items stay strict.
+FromList = BeforeValidator(_as_tuple)
+# For a Literal of numbers: 1 equals true and 1.0.
+Number = BeforeValidator(_number)
 
 
 def load(path: Path, model: type[M], overrides: Iterable[str] = ()) -> M:
@@ -58,8 +65,7 @@ def load(path: Path, model: type[M], overrides: Iterable[str] = ()) -> M:
 
 def dump(model: BaseModel, comment: str) -> str:
     """The model as YAML text that `load` reads back to an equal model."""
-    body = yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return f"# {comment}\n{body}"
+    return f"# {comment}\n{plain_yaml.dump(model.model_dump(mode='json'))}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -90,9 +96,7 @@ def leaf_keys(model: type[BaseModel]) -> list[str]:
 
 def line_of(path: Path, key: Key) -> int:
     """Where a key stands in a file that `load` has read."""
-    lines = _read(path)[1]
-    # What is merged in from elsewhere in the file has only its block's line.
-    return next(lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines)
+    return _read(path)[1][key]
 
 
 def replaced(model: M, values: Mapping[str, Any]) -> M:
@@ -101,8 +105,8 @@ def replaced(model: M, values: Mapping[str, Any]) -> M:
         return type(model).model_validate(_tree_with(model, values))
     except ValidationError as error:
         problem = error.errors()[0]
-        shown = ", ".join(f"{key} = {value!r}" for key, value in values.items())
-        raise UserError(_describe(problem, type(model), {}, shown)) from None
+        given = ", ".join(f"{key} = {shown(value)}" for key, value in values.items())
+        raise UserError(_describe(problem, type(model), {}, cut(given, 200))) from None
 
 
 def wrong_value(model: BaseModel, key: str, value: Any) -> str | None:
@@ -129,58 +133,61 @@ def _tree_with(model: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree, lines = plain_yaml.parse(text)
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: {error}") from None
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else type(tree).__name__
+        raise UserError(f"{path}: must hold `key: value` lines; it holds {found}")
+    return tree, lines
+
+
+def _text(path: Path) -> str:
+    try:
+        # A pipe without a writer would be waited for without end.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            os.set_blocking(file.fileno(), True)
+            content = file.read(_MOST_BYTES + 1)
     except FileNotFoundError:
-        siblings = path.parent.glob("*.yaml") if path.parent.is_dir() else ()
-        there = ", ".join(sorted(p.name for p in siblings))
-        raise UserError(
-            f"{path}: no such file" + (f"; there are {there}" if there else "")
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: no such file{_siblings(path)}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"{path}: is larger than 1 MB, which no such file needs")
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: must hold `key: value` lines, not {type(tree).__name__}")
-    return tree, dict(_lines(node, path))
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: is not text in UTF-8; save it in that encoding") from None
 
 
-def _lines(node: yaml.MappingNode, path: Path, prefix: Key = ()) -> Iterator[tuple[Key, int]]:
-    seen: set[Key] = set()
-    for name, value in node.value:
-        key = (*prefix, str(name.value))
-        line = name.start_mark.line + 1
-        if key in seen:
-            raise UserError(f"{path}:{line}: {'.'.join(key)}: given twice")
-        seen.add(key)
-        yield key, line
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, path, key)
+def _siblings(path: Path) -> str:
+    try:
+        there = sorted(file.name for file in path.parent.glob("*.yaml"))
+    except OSError:
+        there = []
+    more = ", …" if len(there) > 12 else ""
+    return f"; there are {', '.join(there[:12])}{more}" if there else ""
 
 
 def _apply(tree: dict[str, Any], override: str) -> Key:
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
-    if not equals or not all(key):
-        raise UserError(
-            f"command line: {override!r}: an override is key=value, as optimizer.lr=3e-4"
-        )
+    where = f"command line: {shown(override)}"
+    if not equals or not all(key) or len(key) > _MOST_PARTS:
+        raise UserError(f"{where}: an override is key=value, as optimizer.lr=3e-4")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"command line: {override}: the value is not valid YAML") from None
+        value, _ = plain_yaml.parse(text)
+    except YamlError as error:
+        raise UserError(f"{where}: the value is {error}") from None
     for depth, part in enumerate(key[:-1]):
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             block = ".".join(key[: depth + 1])
-            raise UserError(f"command line: {override}: {block} is a value, not a block of keys")
+            raise UserError(f"{where}: {block} is a value, not a block of keys")
     tree[key[-1]] = value
     return key
 
@@ -189,21 +196,34 @@ def _describe(
     problem: ErrorDetails, model: type[BaseModel], origin: dict[Key, str], path: str
 ) -> str:
     key = tuple(str(part) for part in problem["loc"])
-    name = ".".join(key)
+    name = cut(".".join(key), 100)
     place = next((origin[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origin), path)
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"{place}: {name} = {value!r}: unknown key{nearest(name, list(known_keys(model)))}"
+        return (
+            f"{place}: {name} = {shown(value)}: unknown key{nearest(name, list(known_keys(model)))}"
+        )
     if kind == "missing":
         return f"{place}: {name}: missing"
     if kind == "value_error":
-        shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
-        return f"{place}: {name}{shown}: {problem['ctx']['error']}".replace(": : ", ": ")
+        given = "" if isinstance(value, dict | BaseModel) else f" = {shown(value)}"
+        return f"{place}: {name}{given}: {problem['ctx']['error']}".replace(": : ", ": ")
     message = problem["msg"].removeprefix("Input ")
     near = ""
     if kind == "literal_error" and isinstance(value, str):
         near = nearest(value, re.findall(r"'([^']*)'", problem["msg"]))
-    return f"{place}: {name} = {value!r}: {message}{near}"
+    if kind in ("bool_type", "int_type", "float_type") and isinstance(value, str):
+        near = _spelling(value, kind)
+    return f"{place}: {name} = {shown(value)}: {message}{near}"
+
+
+def _spelling(text: str, kind: str) -> str:
+    """ "; write …" for a number or a boolean in a spelling that other readers of YAML accept."""
+    if kind == "bool_type":
+        return "; write true or false" if text.lower() in ("yes", "no", "on", "off") else ""
+    if re.fullmatch(r"[-+]?[0-9][0-9_]{,30}", text):
+        return f"; write {int(text.replace('_', ''))}"
+    return ""
 
 
 def nearest(name: str, candidates: list[str]) -> str:

@@ -87,9 +87,9 @@ def test_a_wrong_override_is_one_line(file: Path, override: str, expected: str) 
     [
         ("seed: 0\nseed: 1\n", ":2: seed: given twice"),
         ("name: x\n  y: 3\n", ":2: not valid YAML"),
-        ("- a\n", "must hold `key: value` lines, not list"),
-        ("", "must hold `key: value` lines, not NoneType"),
-        ("name: !!python/object:os.system x\n", "not valid YAML"),
+        ("- a\n", "must hold `key: value` lines; it holds list"),
+        ("", "must hold `key: value` lines; it holds nothing"),
+        ("name: !!python/object:os.system x\n", ":1: tags are not read"),
         ("name: x\n", "data: missing (and 3 more)"),
     ],
 )

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from cvae import yaml_model
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.yaml_model import Strict
+from cvae.yaml_model import FromList, Strict
 
 Positive = Annotated[int, Field(gt=0)]
-Range = Annotated[tuple[int | float, int | float] | None, Field(strict=False)]
+Range = Annotated[tuple[int | float, int | float] | None, FromList]
 # Others would change the weights' shapes, or the batches, under a trial that is half trained.
 MUTABLE = ("optimizer.lr", "optimizer.weight_decay", "model.beta", "model.free_bits")
 _MOST_CHECKED = 5_000
