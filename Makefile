@@ -7,7 +7,7 @@ TORCH_STAMP := $(TORCH:%=.venv/.torch-%)
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint mlflow cluster cluster-down
+.PHONY: install demo test lint mlflow gpu-check cluster cluster-down
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ lint: install
 
 mlflow: install
 	python -m workflows.mlflow_ui
+
+# A machine with a GPU may have no network: this installs nothing, and takes the Python that is there.
+gpu-check:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
 
 cluster: install
 	python -m slurm.testcluster up

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry, file_sha256
+from tests.stores import write_manifest
 
 # Tiny models gain nothing from a second thread, and on a busy machine the threads' barriers, which spin, make
 # them twenty times slower. Set before torch is imported.
@@ -41,7 +41,7 @@ def tiny_captioned_store(home: Path) -> Path:
 def write_store(home: Path, captioned: bool, sizes: tuple[int, int] = (50, 21)) -> Path:
     generator = np.random.default_rng(7)
     root = home / "data" / ("tinytext-16" if captioned else "tiny-16")
-    splits = {}
+    counts = {}
     for name, count in zip(("train", "val"), sizes, strict=True):
         folder = root / name
         folder.mkdir(parents=True)
@@ -63,28 +63,9 @@ def write_store(home: Path, captioned: bool, sizes: tuple[int, int] = (50, 21)) 
             np.save(folder / "text" / "toy.npy", embeddings)
         else:
             np.save(folder / "labels.npy", labels)
-        files = {
-            str(file.relative_to(folder)): FileEntry(
-                bytes=file.stat().st_size, sha256=file_sha256(file)
-            )
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-        splits[name] = SplitManifest(
-            source={}, images=count, captions=captions, skipped=[], files=files
-        )
-    toy = TextEncoderEntry(
-        dim=TEXT_DIM, hash="0", pooling="masked mean", max_tokens=9, truncated={}
-    )
-    manifest = Manifest(
-        dataset=root.name.rpartition("-")[0],
-        image_size=16,
-        channels=1,
-        classes=None if captioned else ["low", "middle", "high"],
-        splits=splits,
-        text_encoders={"toy": toy} if captioned else {},
-    )
-    (root / "manifest.json").write_text(manifest.to_json())
+        counts[name] = (count, captions)
+    classes = None if captioned else ["low", "middle", "high"]
+    write_manifest(root, (1, 16), counts, classes, TEXT_DIM if captioned else None)
     return root
 
 

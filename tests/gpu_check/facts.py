@@ -1,0 +1,69 @@
+"""Prints what this machine is, as a line of JSON: {"gpus", "header"}."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tests.gpu_check.runner import PROJECT_ROOT
+
+_PACKAGES = ("numpy", "pydantic", "diffusers", "transformers", "deepspeed", "triton")
+
+
+def facts() -> dict[str, Any]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    header = {"device": _device(gpus), "python": platform.python_version()}
+    header["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    if gpus:
+        header["torch"] += f", cuDNN {torch.backends.cudnn.version()}"
+        header["torch"] += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        header["driver"] = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        )
+    header["packages"] = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    if find_spec("pydantic") is None:
+        header["packages"] = header["packages"].replace("pydantic missing", "pydantic stand-in")
+    header["commit"] = _commit()
+    return {"gpus": gpus, "header": header}
+
+
+def _device(gpus: int) -> str:
+    if not gpus:
+        return f"no GPU; CPU, {len(os.sched_getaffinity(0))} cores"
+    told = torch.cuda.get_device_properties(0)
+    memory = f"{told.total_memory / 2**30:.0f} GiB"
+    return f"{gpus} × {told.name}, sm_{told.major}{told.minor}, {memory}"
+
+
+def _version(package: str) -> str:
+    if find_spec(package) is None:
+        return "missing"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _commit() -> str:
+    commit = _output("git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD")[:12]
+    changes = _output("git", "-C", str(PROJECT_ROOT), "status", "--porcelain")
+    return f"{commit} with uncommitted changes" if changes not in ("", "unknown") else commit
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if done.returncode != 0:
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts()))

@@ -1,0 +1,165 @@
+"""Each precision beside fp32: the arithmetic itself, fifty steps of training, and compiled code."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvae.errors import UserError
+from cvae.training.ranks import connect
+from tests.gpu_check.curves import curve, deviation
+from tests.gpu_check.findings import Finding, judged, measured, skipped
+from tests.gpu_check.setting import Setting
+
+_STEPS = 50
+# Half the distance of two neighbouring numbers at 1: what one rounding may change.
+_ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-12}
+# Largest deviation of the loss over 50 steps that counts as the same curve: some ten roundings. The tiny models
+# on a CPU in bf16 come to 1.3e-3.
+_LIMIT = {"tf32": 5e-3, "bf16": 2e-2, "fp16": 5e-3}
+_DTYPE = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def arithmetic(setting: Setting) -> Iterator[Finding]:
+    """Products and convolutions under each precision's settings, beside fp64 on the CPU."""
+    # fp32 last as well as first: the settings of another precision must not remain.
+    with connect() as ranks:
+        for name in [*setting.precisions(), "fp32"]:
+            if name in ("bf16", "fp16"):
+                continue
+            curve(setting.experiment("conv", precision=name), ranks, 1)
+            for kind, off in _errors(ranks.device).items():
+                low, high = (1e-5, 5e-3) if name == "tf32" else (0.0, 1e-5)
+                yield judged(
+                    f"{kind} in {name}",
+                    low <= off <= high,
+                    f"{off:.1e} from fp64",
+                    "1e-5 to 5e-3: ten bits of mantissa"
+                    if name == "tf32"
+                    else "at most 1e-5: TF32 would give 3e-4",
+                    deviation=off,
+                )
+    if reason := setting.why_not("tf32"):
+        yield skipped("tf32", reason)
+
+
+def _errors(device: torch.device) -> dict[str, float]:
+    """Root mean square errors, relative to the results' own."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.randn(256, 512, generator=generator) for _ in range(2))
+    maps = torch.randn(8, 64, 16, 16, generator=generator)
+    kernel = torch.randn(64, 64, 3, 3, generator=generator)
+
+    def off(found: Tensor, exact: Tensor) -> float:
+        difference = found.cpu().double() - exact
+        return float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
+
+    product = left.to(device) @ right.to(device).T
+    convolved = nn.functional.conv2d(maps.to(device), kernel.to(device), padding=1)
+    exact = nn.functional.conv2d(maps.double(), kernel.double(), padding=1)
+    return {
+        "a matrix product": off(product, left.double() @ right.double().T),
+        "a 3×3 convolution": off(convolved, exact),
+    }
+
+
+def losses(setting: Setting, backbone: str) -> Iterator[Finding]:
+    """50 steps in every precision beside 50 in fp32, from the same weights and on the same batches."""
+    with connect() as ranks:
+        found: dict[str, Any] = {}
+        for name in [*setting.precisions(), "fp32 again"]:
+            precision = name.removesuffix(" again")
+            dtypes: list[torch.dtype] = []
+            found[name] = curve(
+                setting.experiment(backbone, precision=precision),
+                ranks,
+                _STEPS,
+                lambda engine, seen=dtypes: _watch(engine.eval_model, seen),
+            )
+            if precision != name:
+                continue
+            engine = found[name].engine
+            yield judged(
+                f"{precision} is what computes",
+                engine.precision == precision and dtypes[:1] == [_DTYPE[precision]],
+                f"engine {engine.precision}, first layer gives {str(dtypes[0])[6:]}",
+                f"{precision}, {str(_DTYPE[precision])[6:]}",
+            )
+            found[name] = found[name]._replace(engine=None)
+        reference = found["fp32"].losses
+        yield judged(
+            "fp32: it learns",
+            reference[-1] < reference[0],
+            f"{reference[0]:.1f} to {reference[-1]:.1f} nats",
+            "lower after 50 steps",
+            first=reference[0],
+            last=reference[-1],
+        )
+        again = deviation(reference, found["fp32 again"].losses)
+        yield judged(
+            "fp32 twice",
+            again <= 1e-4,
+            f"{again:.1e} apart",
+            "at most 1e-4: only the order of sums may differ",
+            deviation=again,
+        )
+        for name in setting.precisions()[1:]:
+            off = deviation(reference, found[name].losses)
+            least = _ROUNDING[name] / 1000
+            yield judged(
+                f"{name} beside fp32",
+                least < off <= _LIMIT[name],
+                f"{off:.1e} at most, {found[name].losses[-1]:.1f} nats at last",
+                f"{least:.0e} to {_LIMIT[name]:.0e}: less would be fp32 itself; more than rounding gives",
+                deviation=off,
+                step_s=found[name].step_s,
+            )
+    for name in ("tf32", "bf16", "fp16"):
+        if reason := setting.why_not(name):
+            yield skipped(name, reason)
+
+
+def _watch(model: nn.Module, seen: list[torch.dtype]) -> None:
+    """Notes the dtype of each output of the first layer that multiplies."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers[0].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
+
+
+def compiled(setting: Setting) -> Iterator[Finding]:
+    """training.compile: the same curve, another pace."""
+    with connect() as ranks:
+        for backbone in ("conv",) if setting.small else ("conv", "resnet"):
+            for precision in ["fp32"] if setting.small else ["fp32", "auto"]:
+                options: dict[str, Any] = {"precision": precision}
+                eager = curve(setting.experiment(backbone, **options), ranks, _STEPS)
+                try:
+                    fused = curve(
+                        setting.experiment(backbone, compile=True, **options), ranks, _STEPS
+                    )
+                except UserError as error:
+                    yield skipped(f"{backbone}, {precision}", str(error))
+                    continue
+                name = eager.engine.precision
+                limit = 1e-4 if name == "fp32" else _LIMIT[name]
+                off = deviation(eager.losses, fused.losses)
+                yield judged(
+                    f"{backbone}, {name}: compiled beside not",
+                    off <= limit,
+                    f"{off:.1e} apart",
+                    f"at most {limit:.0e}: the order of sums and roundings may differ",
+                    deviation=off,
+                )
+                yield measured(
+                    f"{backbone}, {name}: a compiled step",
+                    f"{1e3 * fused.step_s:.2f} ms after {fused.settling_s:.0f} s of compiling",
+                    f"{1e3 * eager.step_s:.2f} ms without",
+                    compiled_s=fused.step_s,
+                    eager_s=eager.step_s,
+                    compiling_s=fused.settling_s,
+                )

@@ -1,0 +1,45 @@
+"""The manifest of a store that a test has written by hand: what the product then opens like any other."""
+
+from pathlib import Path
+
+from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry, file_sha256
+
+
+def write_manifest(
+    root: Path,
+    shape: tuple[int, int],
+    counts: dict[str, tuple[int, int]],
+    classes: list[str] | None,
+    text_dim: int | None,
+) -> None:
+    """Writes manifest.json for the files under root, whose name is <dataset>-<image size>.
+
+    shape: channels and image size. counts: images and captions of each split. text_dim: of the vectors of the
+    encoder "toy", if there are any.
+    """
+    splits = {}
+    for name, (images, captions) in counts.items():
+        files = {
+            str(file.relative_to(root / name)): FileEntry(
+                bytes=file.stat().st_size, sha256=file_sha256(file)
+            )
+            for file in sorted((root / name).rglob("*"))
+            if file.is_file()
+        }
+        splits[name] = SplitManifest(
+            source={}, images=images, captions=captions, skipped=[], files=files
+        )
+    encoders = {}
+    if text_dim is not None:
+        encoders["toy"] = TextEncoderEntry(
+            dim=text_dim, hash="0", pooling="masked mean", max_tokens=9, truncated={}
+        )
+    manifest = Manifest(
+        dataset=root.name.rpartition("-")[0],
+        image_size=shape[1],
+        channels=shape[0],
+        classes=classes,
+        splits=splits,
+        text_encoders=encoders,
+    )
+    (root / "manifest.json").write_text(manifest.to_json())
