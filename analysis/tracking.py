@@ -16,6 +16,7 @@ import pyarrow as pa
 from analysis.journals import SCHEMA
 from cvae import paths
 from cvae.errors import UserError
+from cvae.redaction import without_password
 
 _STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 _PAGE, _RUNS_AT_ONCE, _POINTS = 1000, 100, 2500  # limits of MLflow's API
@@ -33,7 +34,9 @@ def facts(experiment: str | None, names: Sequence[str]) -> dict[str, dict[str, A
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow at {uri} does not answer ({type(error).__name__})") from None
+        raise UserError(
+            f"MLflow at {without_password(uri)} does not answer ({type(error).__name__})"
+        ) from None
 
 
 def points(ids: Mapping[str, str], metrics: Sequence[str] | None) -> Iterator[tuple[str, pa.Table]]:

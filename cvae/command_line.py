@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cvae.errors import UserError
+from cvae.redaction import guard_output, without_secrets
 
 _MENDABLE = {
     errno.ENOSPC,
@@ -50,6 +51,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     What the person at the keyboard can mend (UserError; a full disk, a file without permission) is
     one line on stderr and status 2; Ctrl-C is status 130; SIGPIPE (`… | head`) is silent.
     """
+    guard_output()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -70,5 +72,5 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_secrets(message)}", file=sys.stderr)
     sys.exit(status)

@@ -50,10 +50,16 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def holds_password(name: str, value: str) -> bool:
+    """Returns whether an environment variable of that name and value holds a password."""
+    secret = re.fullmatch(_SECRET_NAME, name, re.IGNORECASE) is not None
+    return secret or without_password(value) != value
+
+
 def guard_output() -> None:
     """From here on this process's log, warnings and tracebacks are written without secrets."""
     logging.captureWarnings(True)
-    for handler in logging.getLogger().handlers:
+    for handler in filter(None, [*logging.getLogger().handlers, logging.lastResort]):
         handler.setFormatter(_Formatter(handler.formatter))
     sys.excepthook = _print_without_secrets
 

@@ -16,6 +16,7 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cvae.errors import UserError
+from cvae.redaction import holds_password
 from slurm import job, local, supervisor
 from slurm.client import complaint
 from slurm.cluster import ClusterConfig, Place, Placement
@@ -84,7 +85,7 @@ def _to_slurm(what: Job, config: ClusterConfig, placement: Placement) -> str:
     inside: AbstractContextManager[Any] = (
         clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     )
-    environment = {**config.slurm().environment, **what.env}
+    environment = {**config.slurm().environment, **what.env, **_secrets(what, config)}
     try:
         with inside, environment_variables(**environment):
             return str(executor.submit(job.run, what.target, *what.arguments).job_id)
@@ -98,7 +99,10 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     after: list[str] = []
     if what.care is not None:
         before, after = supervisor.script_lines(what.folder, what.care, config.max_restarts)
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in env.items()]
+    secrets = _secrets(what, config)
+    exports = [
+        f"export {key}={shlex.quote(value)}" for key, value in env.items() if key not in secrets
+    ]
     # Each rank sees all GPUs of its job on its node and takes the one of its local rank: GPUs that are
     # hidden from each other cannot talk over NVLink.
     gpus = f"{config.gpu_type}:" if config.gpu_type else ""
@@ -144,6 +148,12 @@ def _environment(what: Job, config: ClusterConfig) -> dict[str, str]:
         # The job's own code comes before what the cluster file adds.
         env["PYTHONPATH"] = os.pathsep.join(search)
     return env
+
+
+def _secrets(what: Job, config: ClusterConfig) -> dict[str, str]:
+    """Variables with a password in them: sbatch hands on the environment, a script could be read by everybody."""
+    env = _environment(what, config)
+    return {key: value for key, value in env.items() if holds_password(key, value)}
 
 
 def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> str:

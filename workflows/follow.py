@@ -4,6 +4,8 @@ import textwrap
 import time
 from typing import Any
 
+from cvae import paths
+from cvae.redaction import without_password
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from cvae.training.mlflow_mirror import behind
@@ -216,7 +218,5 @@ def mlflow_fact(run: RunDirectory, state: RunState) -> str:
 
 
 def open_mlflow() -> str:
-    from cvae.paths import tracking_uri
-
-    uri = tracking_uri()
+    uri = without_password(paths.tracking_uri())
     return uri if uri.startswith("http") else f"make mlflow   ({uri})"

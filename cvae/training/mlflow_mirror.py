@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
 from cvae.file_lock import Locked, file_lock
+from cvae.redaction import guard_output, without_password, without_secrets
 from cvae.training import mlflow_state
 from cvae.training.mlflow_state import behind
 
@@ -121,9 +122,8 @@ def sync(run_dir: Path, progress: Callable[[int], object]) -> None:
             raise
         except Exception as error:
             raise UserError(
-                f"MLflow at {pusher.state.tracking_uri} does not take the run:"
-                f" {_one_line(error, pusher.uri)}"
-            ) from error
+                f"MLflow at {without_password(pusher.uri)} does not take the run: {one_line(error)}"
+            ) from None
 
 
 def main(run_dir: Path) -> int:
@@ -132,6 +132,7 @@ def main(run_dir: Path) -> int:
         signal.signal(number, signal.SIG_IGN)
     step_back()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    guard_output()
     prepare_mlflow()
     from cvae.training.mlflow_push import Pusher
 
@@ -157,7 +158,7 @@ def _follow(pusher: "Pusher") -> int:
     away_since: float | None = None
     noticed = False
     wait = 0.0
-    _log.info("mirroring to %s", pusher.state.tracking_uri)
+    _log.info("mirroring to %s", without_password(pusher.uri))
     while True:
         # Asked before reading: what was written before the end was told is read below.
         ended = told_end(wait)
@@ -179,7 +180,7 @@ def _follow(pusher: "Pusher") -> int:
                 away_since, wait = now, 0.5
             elif not noticed:
                 noticed = True
-                _log.warning("MLflow is away: %s", _one_line(error, pusher.uri))
+                _log.warning("MLflow is away: %s", one_line(error))
             if ended and now - away_since > _PATIENCE_AFTER_END:
                 _log.error(
                     "giving up; `python workflows/runs.py sync %s` brings the rest",
@@ -228,9 +229,9 @@ def prepare_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _one_line(error: Exception, uri: str) -> str:
-    text = " ".join(str(error).split())
-    return text.replace(uri, mlflow_state.without_password(uri))[:300]
+def one_line(error: Exception) -> str:
+    """What MLflow says, on one line of at most 300 characters and without a password."""
+    return without_secrets(" ".join(str(error).split()))[:300]
 
 
 if __name__ == "__main__":

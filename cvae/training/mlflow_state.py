@@ -2,13 +2,13 @@
 
 import json
 import logging
-import re
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cvae import paths
 from cvae.errors import UserError
+from cvae.redaction import without_password
 from cvae.training import journal
 
 STATE_FILE = "mlflow.json"
@@ -57,21 +57,17 @@ def tracking_uri(state: State) -> str:
     sent twice.
     """
     stored, configured = state.tracking_uri, paths.tracking_uri()
-    if without_password(configured) == stored:
+    if without_password(configured) == without_password(stored):
         stored = configured
     else:
         _log.warning(
             "the run stays in %s, although MLFLOW_TRACKING_URI now means %s",
-            stored,
+            without_password(stored),
             without_password(configured),
         )
     if "://" not in stored or stored.startswith("file:"):
         raise UserError(
-            f"MLFLOW_TRACKING_URI={stored}: MLflow's file store is not supported;"
+            f"MLFLOW_TRACKING_URI={without_password(stored)}: MLflow's file store is not supported;"
             " use sqlite:///<file> or the http(s):// address of an `mlflow server`"
         )
     return stored
-
-
-def without_password(uri: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)

@@ -140,7 +140,7 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
         time_limit_min=90,
         grace_s=300,
         setup=["module load cuda/12.6"],
-        env={"NCCL_DEBUG": "WARN"},
+        env={"NCCL_DEBUG": "WARN", "MLFLOW_TRACKING_URI": "http://ann:hush@host"},
     )
     job = Job("run-1", tmp_path / "log folder", "m:f", (), {"CVAE_HOME": "/a b"})
     script = executors.sbatch_script(job, config, Placement(2, 4))
@@ -161,6 +161,7 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
         "module load cuda/12.6",
     ):
         assert line in script.splitlines()
+    assert "hush" not in script, "sbatch hands on the environment"
     srun = script.strip().splitlines()[-1]
     assert "--cpus-per-task=8 --kill-on-bad-exit=1" in srun
     assert script.index("module load") < script.index("srun ")

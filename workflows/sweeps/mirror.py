@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
+from cvae.redaction import guard_output
 from cvae.training import mlflow_mirror
 from workflows.sweeps.directory import SweepDirectory
 
@@ -28,6 +29,7 @@ def main(folder: Path) -> int:
         signal.signal(number, signal.SIG_IGN)
     mlflow_mirror.step_back()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    guard_output()
     mlflow_mirror.prepare_mlflow()
     from workflows.sweeps.mlflow_parent import SweepMirror
 
@@ -52,7 +54,7 @@ def _follow(mirror: "SweepMirror") -> int:
         except UserError:
             raise
         except Exception as error:
-            _log.warning("MLflow is away: %s", " ".join(str(error).split())[:300])
+            _log.warning("MLflow is away: %s", mlflow_mirror.one_line(error))
             if ended_at is not None and time.monotonic() - ended_at > _PATIENCE_AFTER_END_S:
                 return 1
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from analysis import tracking
 from cvae.errors import UserError
 from cvae.training import mlflow_mirror
 from cvae.training.journal import Journal
@@ -30,6 +31,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from cvae.training.mlflow_push import Pusher  # noqa: E402
 from cvae.training.mlflow_tags import NOTE  # noqa: E402
 from tests.mlflow_runs import COMMAND, START, Run, each_once, images, points  # noqa: E402
+from workflows.follow import open_mlflow  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +297,27 @@ def test_no_password_is_written_down(home: Path, monkeypatch: pytest.MonkeyPatch
     assert "secret" not in str(error.value).replace("secretive", "")
     assert "secret@" not in (run.path / "mlflow.json").read_text()
     assert Pusher(run.path).uri == "http://somebody:secret@127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://ann:hush/hush@127.0.0.1:9", "mysql+nodriver://ann:hush%40x@h:1/m?password=hush"]
+)
+def test_no_word_of_a_mirror_holds_a_password(
+    home: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run = Run(home, "whispering")
+    with pytest.raises(UserError, match="does not take the run") as error:
+        sync(run.path, lambda lines: None)
+    with pytest.raises(UserError, match="does not answer") as refused:
+        tracking.facts(None, [])
+    told = f"{error.value} {refused.value} {open_mlflow()}"
+    if uri.startswith("http"):
+        start_mirror(run.path).finish(8)
+        assert "mirroring to http://ann:***@" in (run.path / "logs" / "mlflow.log").read_text()
+    told += "".join(file.read_text() for file in run.path.rglob("*.[jly]*") if file.is_file())
+    assert "hush" not in told
+    assert "***@" in told
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///somewhere/mlruns"])
