@@ -160,13 +160,38 @@ class Slurm:
         unusable = re.compile(r"down|drain|drng|fail|unk|maint|boot|plnd|\*")
         return [row[0] for row in rows if row[2] == kind and not unusable.search(row[1])]
 
-    def requeue(self, job_id: str) -> None:
-        """Ends the job's present try and puts it back into the queue."""
-        self._run("scontrol", "requeue", job_id)
+    def hostnames(self, nodelist: str) -> list[str]:
+        """ "cvae-node[1-2]" → ["cvae-node1", "cvae-node2"]; the list itself if SLURM cannot be asked."""
+        with suppress(UserError):
+            return self._run("scontrol", "show", "hostnames", nodelist).split()
+        return [nodelist]
 
-    def exclude(self, job_id: str, nodes: list[str]) -> None:
-        """Keeps a waiting job away from nodes. Raises UserError where it does not wait."""
-        self._run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+    def lost_nodes(self, nodes: list[str]) -> list[str]:
+        """Returns those of the nodes that SLURM counts as failed or does not hear of; [] if it cannot be asked."""
+        with suppress(UserError):
+            options = ["--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%t"]
+            rows = [line.split("|") for line in self._run("sinfo", *options).splitlines()]
+            lost = {row[0] for row in rows if re.search(r"down|fail|unk|\*", row[1])}
+            return [node for node in nodes if node in lost]
+        return []
+
+    def requeue(self, job_id: str) -> None:
+        """Ends the job's present try and puts it back into the queue; returns, too, if it is back already.
+
+        Raises UserError if SLURM refuses or does not answer.
+        """
+        try:
+            self._run("scontrol", "requeue", job_id)
+        except UserError as error:
+            # An earlier request, whose answer was lost, was carried out.
+            if "pending execution" not in str(error):
+                raise
+
+    def hold_off(self, job_id: str, nodes: list[str], pause_s: float) -> None:
+        """Keeps a waiting job away from nodes and from starting so soon. Raises UserError if it does not wait."""
+        changes = [f"ExcNodeList={','.join(nodes)}"] if nodes else []
+        changes += [f"StartTime=now+{pause_s:.0f}"] if pause_s else []
+        self._run("scontrol", "update", f"JobId={job_id}", *changes)
 
     def tell_to_save(self, job_id: str) -> None:
         """SIGTERM to every rank of a running job, and nothing more."""
@@ -201,6 +226,17 @@ class Slurm:
         if done.returncode:
             raise UserError(f"SLURM says: {complaint(done.stderr) or f'{command[0]} failed'}")
         return done.stdout + done.stderr if both else done.stdout
+
+
+# What SLURM's commands say if asking again is of no use. Everything else (time-outs, a controller in standby
+# mode, errors of munge) may pass.
+_FINAL = re.compile(
+    r"disabled|Invalid job id|denied|violates|not permitted|not supported|not installed|Only batch"
+)
+
+
+def is_final(words: str) -> bool:
+    return _FINAL.search(words) is not None
 
 
 def complaint(stderr: str) -> str:

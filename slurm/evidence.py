@@ -16,6 +16,15 @@ _MEANING = {
 }
 # Where SLURM confines jobs by cgroups it counts what the kernel has killed there.
 _OOM_KILL = re.compile(r"Detected \d+ oom.kill event")
+# What SLURM writes into the log of a job that it ends, and sacct's word for the same.
+_DUE_TO = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+ DUE TO ([A-Z ]+)")
+_SACCT = {
+    "NODE FAILURE": "NODE_FAIL",
+    "PREEMPTION": "PREEMPTED",
+    "TIME LIMIT": "TIMEOUT",
+    "JOB REQUEUE": "REQUEUED",
+}
+_LOST_NODE = re.compile(r"Node failure on ([^\s,]+)", re.IGNORECASE)
 # What the other ranks say when one has gone: a consequence, whatever their clocks say.
 _CONSEQUENCE = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
@@ -55,6 +64,20 @@ def first_failure(folder: Path, job_id: str) -> Failure | None:
         return None
     log = log_file(folder, job_id, rank)
     return Failure(rank, host, how, log, tail(log, _TAIL_LINES), bad_input)
+
+
+def slurms_word(folder: Path, job_id: str) -> tuple[str, str]:
+    """Returns why SLURM ended the last try, as sacct would call it, and the node it lost; from the job's log.
+
+    Each is "" if the log does not say.
+    """
+    log = log_file(folder, job_id, 0)
+    text = _last_try(log) if log.exists() else ""
+    words = [_SACCT.get(words.strip(), "") for words in _DUE_TO.findall(text)]
+    nodes = _LOST_NODE.findall(text)
+    node = nodes[-1] if nodes else ""
+    word = "NODE_FAIL" if node else next(filter(None, reversed(words)), "")
+    return word, node
 
 
 def tail(log: Path, lines: int) -> list[str]:

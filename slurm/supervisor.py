@@ -11,10 +11,9 @@ import logging
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,31 +21,52 @@ from cvae.errors import UserError
 from slurm import tries
 from slurm.client import Slurm
 from slurm.files import TRY_MARK
+from slurm.requeueing import hold_off, nodes_to_exclude, patiently, requeue
 from slurm.tries import Care, Ending, Try
 
-# SLURM takes changes to a job only once its requeueing is through.
-_REQUEUE_PATIENCE_S = 20.0
-NOT_HERE = 75
+NOT_HERE, GIVEN_UP = 75, 76
 _log = logging.getLogger("slurm.supervisor")
 
 
 def before(folder: Path, care: Care) -> int:
-    """Notes the try; returns NOT_HERE where it must not begin, as one of its nodes is known to be bad."""
+    """Notes the try; returns NOT_HERE or GIVEN_UP if it must not begin.
+
+    Not on a node that is known to be bad; only after a pause if SLURM ended the tries before without progress,
+    and not at all after many of them.
+    """
     slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     word = slurm.last_word(job_id) if restarted else ""
-    here = _expand(os.environ["SLURM_JOB_NODELIST"])
-    unwatched = any(one.ended is None for one in tries.read(folder, job_id))
+    here = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+    open_ones = [one for one in tries.read(folder, job_id) if one.ended is None]
+    lost = slurm.lost_nodes(open_ones[-1].nodes) if open_ones else []
+    told = tries.settle(folder, job_id, time.time(), word, lost, tries.newest(care.progress))
+    goes_on, pause_s = tries.goes_on(told) if open_ones else (True, 0.0)
+    if (open_ones and told[-1].cause in ("node", "crash")) or _was_killed_at_limit(told):
+        call_after(care, Ending("node", told[-1].why), restarts=goes_on)
+    if not goes_on:
+        end = Ending("node", f"{told[-1].why}; the last tries brought no new checkpoint")
+        _note(folder, job_id, [*told[:-1], replace(told[-1], why=end.why, restarts=False)])
+        call_after(care, end, restarts=False)
+        return GIVEN_UP
+    if pause_s:
+        print(f"{TRY_MARK}{told[-1].number}: {told[-1].why}; waits {pause_s:.0f} s", flush=True)
+        if not requeue(slurm, job_id):
+            hold_off(slurm, job_id, [], pause_s)
+            return NOT_HERE
     told = tries.begin(folder, job_id, here, time.time(), word, tries.newest(care.progress))
     print(f"{TRY_MARK}{told[-1].number} on {', '.join(here)}", flush=True)
-    if (unwatched and told[-2].cause in ("node", "crash")) or _was_killed_at_limit(told[:-1]):
-        call_after(care, Ending("node", told[-2].why), restarts=True)
-    excluded = _to_exclude(slurm, told)
-    if not set(excluded) & set(here):
+    excluded = nodes_to_exclude(slurm, told)
+    if not set(excluded) & set(here) or not tries.shuns(told[:-1]):
         return 0
-    end = Ending("slurm", f"not begun: {', '.join(excluded)} failed twice")
-    _note(folder, job_id, tries.closed(told, end, care, restarts=True, excluded=excluded))
-    _requeue(slurm, job_id, excluded)
+    end = Ending("not begun", f"not begun: {', '.join(excluded)} failed twice")
+    _note(folder, job_id, tries.closed(told, end, care, True, excluded, "asked"))
+    if refusal := requeue(slurm, job_id):
+        # Better on a bad node than nowhere.
+        _log.warning("%s; begins here all the same", refusal)
+        tries.write(folder, job_id, told)
+        return 0
+    hold_off(slurm, job_id, excluded, 0.0)
     return NOT_HERE
 
 
@@ -54,24 +74,55 @@ def after(folder: Path, care: Care, status: int, max_restarts: int) -> None:
     """Says why the try ended and, where that is of use, has SLURM try again."""
     slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
     told = tries.read(folder, job_id)
-    details = _details(slurm, job_id)
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    silence = ""
+    try:
+        details = patiently(lambda: slurm.details(job_id))
+    except UserError as error:
+        details, silence = {}, str(error)
     # Where SLURM itself has ended the try (preemption, a failed node, scancel), it also knows what follows;
     # a host that was out of reach may even wake up in the middle of the next try.
     ours = details.get("JobState") == "RUNNING" and int(details.get("Restarts", 0)) == restarted
-    if not ours or not told:
+    if not told or not (ours or silence):
         _log.info("try ended by SLURM: %s", details.get("JobState"))
         return
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "")
     end = tries.ending(folder, job_id, status, preempted)
     restarts, end = tries.decide(end, tries.newest(care.progress), told[:-1], max_restarts)
-    told = tries.closed(told, end, care, restarts)
-    excluded = _to_exclude(slurm, told) if restarts else []
-    _note(folder, job_id, tries.closed(told, end, care, restarts, excluded))
+    if silence:
+        told = tries.closed(told, end, care, restarts)
+        _note(folder, job_id, tries.answered(told, silence) if restarts else told)
+        call_after(care, end, restarts=False)
+        return
     if end.cause in ("crash", "bad input"):
         call_after(care, end, restarts)
-    if restarts:
-        _requeue(slurm, job_id, excluded)
+    _close(slurm, folder, job_id, care, told, end, restarts)
+
+
+def _close(
+    slurm: Slurm, folder: Path, job_id: str, care: Care, told: list[Try], end: Ending, again: bool
+) -> None:
+    """Writes down the end of the last try and, if it is to be tried again, asks SLURM for that.
+
+    A job that is put back is killed soon, perhaps before another word is written; and SLURM may refuse. So the
+    file says first that SLURM is asked, and then what it has answered.
+    """
+    told = tries.closed(told, end, care, again)
+    if not again:
+        _note(folder, job_id, told)
+        return
+    excluded = nodes_to_exclude(slurm, told)
+    told = tries.closed(told, end, care, again, excluded, "asked")
+    _note(folder, job_id, told)
+    refusal = requeue(slurm, job_id)
+    told = tries.answered(told, refusal)
+    if refusal:
+        _note(folder, job_id, told)
+        call_after(care, end._replace(why=f"{end.why}; {told[-1].follows}"), restarts=False)
+        return
+    hold_off(slurm, job_id, excluded, tries.pause_after(told))
+    tries.write(folder, job_id, told)
+    print(f"{TRY_MARK}{told[-1].number}: SLURM has put it back into its queue", flush=True)
 
 
 def watch(folder: Path, care: Care, max_restarts: int) -> NoReturn:
@@ -96,7 +147,7 @@ def at_limit(folder: Path, care: Care, max_restarts: int) -> None:
     """
     slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
     told = tries.read(folder, job_id)
-    details = _details(slurm, job_id)
+    details = patiently(lambda: slurm.details(job_id))
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     is_up = details.get("Reason") == "TimeLimit" and details.get("JobState") != "RUNNING"
     ours = int(details.get("Restarts", 0)) == restarted
@@ -104,9 +155,7 @@ def at_limit(folder: Path, care: Care, max_restarts: int) -> None:
         return
     end = tries.ending(folder, job_id, 128 + signal.SIGTERM, timed_out=True)
     restarts, end = tries.decide(end, tries.newest(care.progress), told[:-1], max_restarts)
-    _note(folder, job_id, tries.closed(told, end, care, restarts))
-    if restarts:
-        _requeue(slurm, job_id, [])
+    _close(slurm, folder, job_id, care, told, end, restarts)
 
 
 def _was_killed_at_limit(earlier: list[Try]) -> bool:
@@ -129,48 +178,6 @@ def _note(folder: Path, job_id: str, told: list[Try]) -> None:
     print(told[-1].last_words, flush=True)
 
 
-def _to_exclude(slurm: Slurm, told: list[Try]) -> list[str]:
-    """The nodes that failed twice, as far as the job can do without them."""
-    excluded: list[str] = []
-    needed = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-    for node in tries.bad_nodes(told):
-        try:
-            others = set(slurm.nodes_like(node, os.environ["SLURM_JOB_PARTITION"]))
-        except UserError as error:
-            _log.warning("%s: %s", node, error)
-            continue
-        if len(others - {*excluded, node}) >= needed:
-            excluded.append(node)
-        else:
-            _log.warning("%s failed twice, but there are no %d others like it", node, needed)
-    return excluded
-
-
-def _requeue(slurm: Slurm, job_id: str, excluded: list[str]) -> None:
-    slurm.requeue(job_id)
-    deadline = time.monotonic() + _REQUEUE_PATIENCE_S
-    while excluded and time.monotonic() < deadline:
-        with suppress(UserError):
-            slurm.exclude(job_id, excluded)
-            return
-        time.sleep(0.3)
-
-
-def _details(slurm: Slurm, job_id: str) -> dict[str, str]:
-    """A controller that is busy, or is just being restarted, must not cost the run."""
-    for _ in range(5):
-        with suppress(UserError):
-            return slurm.details(job_id)
-        time.sleep(5)
-    return slurm.details(job_id)
-
-
-def _expand(nodelist: str) -> list[str]:
-    """ "cvae-node[1-2]" → ["cvae-node1", "cvae-node2"]."""
-    command = ["scontrol", "show", "hostnames", nodelist]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split() or [nodelist]
-
-
 def script_lines(folder: Path, care: Care, max_restarts: int) -> tuple[list[str], list[str]]:
     """What the batch script runs before srun and after it."""
     common = [sys.executable, "-m", "slurm.supervisor"]
@@ -181,7 +188,9 @@ def script_lines(folder: Path, care: Care, max_restarts: int) -> tuple[list[str]
     return (
         [
             begin,
-            f"[ $? -ne {NOT_HERE} ] || exit 0",
+            "begun=$?",
+            f"[ $begun -ne {NOT_HERE} ] || exit 0",
+            f"[ $begun -ne {GIVEN_UP} ] || exit 1",
             # Where the script ends, SLURM kills its background at once.
             "trap : TERM",
             f"{watching} &",
@@ -211,6 +220,8 @@ def main() -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     if options.action == "begin":
+        # A requeue that is asked for here ends the script; what follows it has still to be said.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return before(options.folder, options.care)
     if options.action == "watch":
         watch(options.folder, options.care, options.max_restarts)

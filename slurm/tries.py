@@ -5,7 +5,6 @@ machine (slurm/local.py), and read by whoever tells the story.
 """
 
 import json
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from cvae.paths import write_atomically
 from slurm import files
-from slurm.evidence import first_failure
+from slurm.evidence import first_failure, slurms_word
 from slurm.files import TRY_MARK
 
 Cause = Literal[
@@ -30,9 +29,16 @@ Cause = Literal[
     "crash",
     "node",
     "slurm",
+    "not begun",  # on nodes that are known to be bad
 ]
 # What may be the fault of the job itself, and go on for ever.
-_COUNTED = ("crash", "time limit")
+_COUNTED: tuple[Cause, ...] = ("crash", "time limit")
+# What others did to the job, in a queue that may never tire of it.
+_OF_OTHERS: tuple[Cause, ...] = ("node", "slurm")
+_MOST_OF_OTHERS = 10
+# A requeued job waits for its old credential to expire, by default 120 s; less is no pause.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 150.0, 3600.0
+_MOST_NOT_BEGUN = 3
 _BAD_NODE = ("crash", "node")
 _FAILURES_OF_A_BAD_NODE = 2
 KILLED_AT_LIMIT = "killed at the time limit, before it could save"
@@ -73,12 +79,24 @@ class Try:
     restarts: bool = False
     excluded: list[str] = field(default_factory=list)
     """Nodes that the next try is kept away from."""
+    requeue: Literal["", "asked", "accepted", "refused"] = ""
+    """What has become of the request to SLURM to try it again; "asked" where nobody lived to hear the answer."""
+    refusal: str = ""
+    """SLURM's words, if it refused."""
+
+    @property
+    def follows(self) -> str:
+        """What comes after it."""
+        if self.requeue == "refused":
+            return f"it was to be tried again, but {self.refusal}; it can be resumed by hand"
+        if not self.restarts:
+            return "it is not tried again"
+        without = f" without {', '.join(self.excluded)}" if self.excluded else ""
+        return f"{'SLURM is asked to try it' if self.requeue else 'it is tried'} again{without}"
 
     @property
     def last_words(self) -> str:
-        follows = "it is tried again" if self.restarts else "it is not tried again"
-        without = f" without {', '.join(self.excluded)}" if self.excluded else ""
-        return f"{TRY_MARK}{self.number} ended: {self.why or self.cause}; {follows}{without}"
+        return f"{TRY_MARK}{self.number} ended: {self.why or self.cause}; {self.follows}"
 
 
 class Ending(NamedTuple):
@@ -99,18 +117,30 @@ def write(folder: Path, job_id: str, tries: list[Try]) -> None:
     write_atomically(files.tries_file(folder, job_id), text + "\n")
 
 
+def settle(
+    folder: Path, job_id: str, now: float, word: str, lost: Sequence[str], progress: str
+) -> list[Try]:
+    """Notes how the last try ended if SLURM has left nobody to do so. Returns all tries.
+
+    word: sacct's, for how it ended. lost: its nodes that SLURM does not hear of now. progress: as far as it
+    has come.
+    """
+    told = read(folder, job_id)
+    if told and told[-1].ended is None:
+        before = unwatched(folder, job_id, told[-1], now, word, lost)
+        told[-1] = replace(before, progress=progress)
+        write(folder, job_id, told)
+    elif told and told[-1].requeue == "asked":
+        told[-1] = replace(told[-1], requeue="accepted")
+        write(folder, job_id, told)
+    return told
+
+
 def begin(
     folder: Path, job_id: str, nodes: list[str], now: float, word: str, progress: str
 ) -> list[Try]:
-    """Notes a new try, and forgets the evidence of the one before. Returns all tries.
-
-    word: SLURM's, for how the one before ended, where nobody was left to write that down. progress: as far
-    as that one has come.
-    """
-    tries = read(folder, job_id)
-    if tries and tries[-1].ended is None:
-        before = unwatched(folder, job_id, tries[-1], now, word)
-        tries[-1] = replace(before, progress=progress)
+    """Notes a new try, and forgets the evidence of the one before. Returns all tries. See settle()."""
+    tries = settle(folder, job_id, now, word, [], progress)
     for file in files.of_one_try(folder, job_id):
         file.unlink(missing_ok=True)
     tries.append(Try(len(tries) + 1, now, nodes))
@@ -118,18 +148,24 @@ def begin(
     return tries
 
 
-def unwatched(folder: Path, job_id: str, one: Try, when: float, word: str) -> Try:
-    """A try that SLURM ended and nobody has written about, as its traces and SLURM's word tell."""
+def unwatched(
+    folder: Path, job_id: str, one: Try, when: float, word: str, lost: Sequence[str] = ()
+) -> Try:
+    """A try that SLURM ended and nobody has written about, as its traces and SLURM's word tell. See settle()."""
+    logged, node = slurms_word(folder, job_id)
+    if word not in _OF_SLURM:
+        # No accounting, or one that is out of order.
+        word = logged or ("NODE_FAIL" if lost else word)
     cause, why = _OF_SLURM.get(word, ("slurm", f"ended by SLURM ({word or 'no word why'})"))
-    node = ""
     result = _result(folder, job_id)
     if result is not None and result.get("reason"):
         why += f"; {result['reason']}"
     if cause == "node":
-        failed = re.findall(r"Node failure on (\S+)", _log(folder, job_id))
         # Without a word from srun it was the node of srun itself.
-        node = failed[-1] if failed else one.nodes[0]
+        node = node or (lost[0] if lost else one.nodes[0])
         why = f"node {node} failed"
+    else:
+        node = ""
     return replace(one, ended=when, cause=cause, why=why, node=node, restarts=True)
 
 
@@ -168,16 +204,12 @@ def decide(
 ) -> tuple[bool, Ending]:
     """Whether the job is to be tried again; and the ending, with the reason why not where that is news.
 
-    A bad end is followed by at most max_restarts more without progress; what others did to the job, as a
-    preemption or a failing node, by any number.
+    A bad end is followed by at most max_restarts more without progress, a preemption by any number. For what
+    SLURM has put back into its queue by itself, see goes_on().
     """
     if end.cause not in _COUNTED:
-        return end.cause in ("preempted", "node", "slurm"), end
-    fruitless = 0
-    for one in reversed(earlier):
-        if one.progress != progress:
-            break
-        fruitless += one.cause in _COUNTED
+        return end.cause == "preempted", end
+    fruitless = _fruitless(earlier, progress, _COUNTED)
     if fruitless < max_restarts:
         return True, end
     if max_restarts == 0:
@@ -186,12 +218,52 @@ def decide(
     return False, end._replace(why=news)
 
 
+def goes_on(told: list[Try]) -> tuple[bool, float]:
+    """After a try that SLURM has ended and repeats by itself: whether to, and the pause before it, in seconds.
+
+    Lost nodes, and whatever else SLURM ends without a preemption, must not use up a cluster without progress.
+    """
+    if told[-1].cause not in _OF_OTHERS:
+        return True, 0.0
+    fruitless = _fruitless(told[:-1], told[-1].progress, _OF_OTHERS)
+    return fruitless < _MOST_OF_OTHERS, pause_s(fruitless)
+
+
+def pause_s(fruitless: int) -> float:
+    """Before the next try, after so many that brought nothing new."""
+    return min(_FIRST_PAUSE_S * 2 ** (fruitless - 1), _LONGEST_PAUSE_S) if fruitless else 0.0
+
+
+def pause_after(told: list[Try]) -> float:
+    """Seconds before the next try, after one that ended badly by itself."""
+    if told[-1].cause not in _COUNTED:
+        return 0.0
+    return pause_s(_fruitless(told[:-1], told[-1].progress, _COUNTED))
+
+
+def shuns(told: list[Try]) -> bool:
+    """Whether the job may still wait for other nodes: SLURM may not hear of those that it is to be kept from."""
+    last = told[-_MOST_NOT_BEGUN:]
+    return len(last) < _MOST_NOT_BEGUN or any(one.cause != "not begun" for one in last)
+
+
+def _fruitless(earlier: list[Try], progress: str, causes: Sequence[Cause]) -> int:
+    """Counts the last tries in a row that ended for one of the causes and got no further than `progress`."""
+    number = 0
+    for one in reversed(earlier):
+        if one.progress != progress:
+            break
+        number += one.cause in causes
+    return number
+
+
 def closed(
     told: list[Try],
     end: Ending,
     care: Care,
     restarts: bool,
     excluded: Sequence[str] = (),
+    requeue: Literal["", "asked"] = "",
 ) -> list[Try]:
     """The tries, the last one with its end."""
     last = replace(
@@ -203,7 +275,16 @@ def closed(
         progress=newest(care.progress),
         restarts=restarts,
         excluded=list(excluded),
+        requeue=requeue,
     )
+    return [*told[:-1], last]
+
+
+def answered(told: list[Try], refusal: str) -> list[Try]:
+    """The tries, the last one with SLURM's answer to the request to try it again; refusal: "", or its words."""
+    if not refusal:
+        return [*told[:-1], replace(told[-1], requeue="accepted")]
+    last = replace(told[-1], requeue="refused", refusal=refusal, restarts=False, excluded=[])
     return [*told[:-1], last]
 
 
@@ -234,9 +315,3 @@ def _result(folder: Path, job_id: str) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(files.result_file(folder, job_id).read_text())
         return result
     return None
-
-
-def _log(folder: Path, job_id: str) -> str:
-    with suppress(OSError):
-        return files.log_file(folder, job_id, 0).read_text(errors="replace")
-    return ""

@@ -18,6 +18,9 @@ def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
         last = submission.job_id
     if told and told[-1].ended is None and job.phase == "ended":
         told[-1] = tries.unwatched(run.logs, last, told[-1], told[-1].began, job.word)
+    if told and told[-1].requeue == "asked" and job.phase == "ended":
+        refusal = "SLURM was asked to do so and has not"
+        told[-1] = tries.answered(told, refusal)[-1]
     ends = [one.began for one in told[1:]] + [float("inf")]
     stretches = [
         _stretch([line for line in lines if one.began <= line["time"] < end])
@@ -54,4 +57,6 @@ def _words(number: int, one: Try, stretch: tuple[int, int] | None, resumed: int 
         parts.append(f"{count(stretch[1] - resumed, 'step')} lost")
     if one.excluded:
         parts.append(f"next without {', '.join(one.excluded)}")
+    if one.requeue == "refused":
+        parts.append(one.follows)
     return "; ".join(parts)

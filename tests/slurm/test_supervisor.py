@@ -150,7 +150,7 @@ def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: P
     signals = f'echo "$watcher" >{tmp_path}/pid; kill -TERM "$watcher" $$'
     requeued = f"until grep -q requeue {asked}; do sleep 0.1; done"
     # As at the first try; the supervisor's own beginning asks a whole SLURM.
-    lines = [*before[2:], ready, signals, requeued, "(exit 9)", *after]
+    lines = [*before[4:], ready, signals, requeued, "(exit 9)", *after]
     done = subprocess.run(["bash", "-c", "\n".join(lines)], timeout=30, check=False)
     assert done.returncode == 9
     assert asked.read_text() == f"requeue {JOB}\n"

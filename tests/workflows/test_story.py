@@ -1,6 +1,7 @@
 """The story of a run's tries, as `runs.py show` tells it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_try_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
     files.result_file(run.logs, "12").write_text(json.dumps(result))
     last = told(run, JobState("ended", "CANCELLED"))[-1]
     assert last.endswith("cancelled in SLURM; SIGTERM at step 99, saved")
+
+
+def test_a_requeue_that_slurm_refused_or_never_answered(run: RunDirectory) -> None:
+    first, second = tries.read(run.logs, "12")
+    second = replace(second, ended=60.0, cause="crash", why="boom", restarts=True, requeue="asked")
+    tries.write(run.logs, "12", [first, second])
+    assert told(run, JobState("queued", "PENDING"))[-1].endswith("; boom")
+    last = told(run, JobState("ended", "FAILED"))[-1]
+    assert "it was to be tried again, but SLURM was asked to do so and has not" in last
+    tries.write(run.logs, "12", tries.answered([first, second], "SLURM says: disabled"))
+    last = told(run, JobState("ended", "FAILED"))[-1]
+    assert last.endswith(
+        "boom; it was to be tried again, but SLURM says: disabled; it can be resumed by hand"
+    )
 
 
 def test_what_the_last_preflight_saw(run: RunDirectory) -> None:
