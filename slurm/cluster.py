@@ -70,8 +70,13 @@ class ClusterConfig(Strict):
     )
     inside_gbyte_s: float = Field(50, gt=0, description="of the links inside a node, GB/s one way")
     between_gbit_s: float = Field(100, gt=0, description="of a node's link to others, Gb/s one way")
-    setup: list[str] = Field([], description="shell lines before srun, as `module load cuda/12.6`")
-    env: dict[str, str] = Field({}, description="environment variables of the ranks")
+    setup: list[str] = Field(
+        [],
+        description="shell lines before srun, as `module load cuda/12.6`; a line that fails ends the job",
+    )
+    env: dict[str, str] = Field(
+        {}, description="environment variables of the ranks, which setup does not override"
+    )
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "ClusterConfig":

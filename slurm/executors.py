@@ -43,6 +43,23 @@ class Job(NamedTuple):
     """A process of this machine that the job does not outlive: it is then told to save."""
 
 
+# A line of setup that fails ends the job. What fails inside of a function or a sourced file is that one's own
+# affair; so is a sourced file's status, which is that of its last command.
+_CHECK_SETUP = r"""
+setup_failed() {
+  if [ "$4" -gt 1 ]; then return; fi
+  case "$3" in
+    "source "*|". "*) eval "set -- \"\$1\" \"\$2\" $3"; if [ -r "$4" ]; then return; fi ;;
+  esac
+  echo "error: setup in the cluster file: the line '$(sed -n "$2p" "$0")' failed with status $1"
+  exit 1
+}
+trap 'setup_failed $? $LINENO "$BASH_COMMAND" ${#BASH_SOURCE[@]}' ERR
+""".strip().splitlines()
+# A job that began without the shell's environment (NONE) has srun withhold these variables from the ranks.
+_AFTER_SETUP = ["trap - ERR", "unset SLURM_EXPORT_ENV", "CVAE_SETUP_PATH=${PYTHONPATH-}"]
+
+
 def submit(what: Job, place: Place, placement: Placement, gpus: int) -> Submission:
     """place.config: for SLURM as cluster.fit() gave it back. gpus: what was asked for.
 
@@ -103,6 +120,12 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     exports = [
         f"export {key}={shlex.quote(value)}" for key, value in env.items() if key not in secrets
     ]
+    # Before setup, which may use them, and after it, which must not override them.
+    setup = ["unset MASTER_ADDR MASTER_PORT", *exports]
+    setup += [*_CHECK_SETUP, *config.setup, *_AFTER_SETUP, *exports]
+    if "PYTHONPATH" in env:
+        # What modules have added stays, behind the job's own code.
+        setup.append('export PYTHONPATH="$PYTHONPATH${CVAE_SETUP_PATH:+:$CVAE_SETUP_PATH}"')
     # Each rank sees all GPUs of its job on its node and takes the one of its local rank: GPUs that are
     # hidden from each other cannot talk over NVLink.
     gpus = f"{config.gpu_type}:" if config.gpu_type else ""
@@ -128,7 +151,7 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
         "time": config.time_limit_min or 0,  # 0: no limit
         "signal_delay_s": config.grace_s,
         "exclusive": True if config.exclusive else None,
-        "setup": exports + config.setup + before,
+        "setup": setup + before,
         "teardown": after or None,
         "stderr_to_stdout": True,
         "wckey": None,

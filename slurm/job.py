@@ -77,14 +77,29 @@ def export_ranks(job: Any) -> int:
         "LOCAL_RANK": job.local_rank,
         "WORLD_SIZE": job.num_tasks,
         "LOCAL_WORLD_SIZE": job.num_tasks // job.num_nodes,
-        "MASTER_ADDR": "127.0.0.1" if local else job.hostnames[0],
-        # Below the range that kernels give out by themselves; jobs that share a host differ in their id.
-        "MASTER_PORT": os.environ["CVAE_MASTER_PORT"] if local else 10000 + int(job.job_id) % 20000,
     }
     if local:
+        os.environ.pop("CVAE_CORES", None)  # of a sweep's allocation
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["CVAE_MASTER_PORT"]}
         variables["GLOO_SOCKET_IFNAME"] = "lo"
+    else:
+        # The batch script forgets what it inherits: these are the cluster file's.
+        variables["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or job.hostnames[0]
+        # Below the range that kernels give out by themselves; jobs that share a host differ in their id.
+        port = 10000 + int(job.job_id) % 20000
+        variables["MASTER_PORT"] = os.environ.get("MASTER_PORT") or port
+        variables["CVAE_CORES"] = _cores(job.num_tasks // job.num_nodes)
     os.environ.update({key: str(value) for key, value in variables.items()})
     return int(job.global_rank)
+
+
+def _cores(tasks: int) -> int:
+    """Returns how many cores are this task's own, of `tasks` on this host."""
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():
+        cores //= tasks  # SLURM has bound the task to none of them
+    # Bound to its job's cores instead of its own, a task still has no more than it asked for.
+    return max(1, min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores)))
 
 
 def _fail(rank: int, error: Exception, file: Path) -> NoReturn:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from cvae.errors import UserError
+from cvae.training import network_interface
 
 T = TypeVar("T")
 # All ranks are there within this time, or none begins.
@@ -83,7 +84,7 @@ def connect() -> Iterator[Ranks]:
     """Joins the other ranks as torch's own environment variables say; alone where they are not set.
 
     The device is the GPU of this rank where there are GPUs, else the CPU, its cores shared out among the
-    ranks of this host unless OMP_NUM_THREADS says otherwise.
+    ranks of this host unless OMP_NUM_THREADS or CVAE_CORES, the share of this rank, says otherwise.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -95,13 +96,18 @@ def connect() -> Iterator[Ranks]:
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_host))
+            cores = int(os.environ.get("CVAE_CORES", 0)) or len(os.sched_getaffinity(0)) // on_host
+            torch.set_num_threads(max(1, cores))
     if world_size == 1:
         yield Ranks(0, 1, device, None)
         return
     # As init_process_group would make it, but for a time-out of its own.
+    if several_hosts := on_host < world_size:
+        network_interface.check_address(rank < on_host)
     store = _store(world_size, is_master=rank == 0)
     check_same_device(store, rank, world_size, device.type)
+    if several_hosts:
+        network_interface.choose(store, rank, world_size)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
