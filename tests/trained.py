@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cvae.config import Experiment
 from cvae.data.experiment_data import open_data
-from cvae.data.store import Manifest, text_file
+from cvae.data.store import Manifest, file_sha256, text_file
 from cvae.data.text import load_encoder
 from cvae.models.cvae import build_model
 from cvae.run_directory import RunDirectory
@@ -60,7 +60,9 @@ def encode_with(root: Path, name: str = "minilm") -> None:
         captions = json.loads((root / split_name / "captions.json").read_text())
         file = root / split_name / text_file(name)
         np.save(file, encoder.encode(captions))
-        entry = split.files["text/toy.npy"].model_copy(update={"bytes": file.stat().st_size})
+        entry = split.files["text/toy.npy"].model_copy(
+            update={"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        )
         split.files[text_file(name)] = entry
     manifest.text_encoders[name] = encoder.entry()
     (root / "manifest.json").write_text(manifest.to_json())

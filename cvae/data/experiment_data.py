@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvae.config import Experiment
+from cvae.data.building import progress_bar
 from cvae.data.order import choose_fraction
 from cvae.data.store import Split, Store, open_store, text_file
+from cvae.data.verified import Verified
 from cvae.errors import UserError
 from cvae.models.backbone import ImageShape
 
@@ -51,7 +53,12 @@ class ExperimentData:
 
 
 def open_data(experiment: Experiment) -> ExperimentData:
-    """Raises UserError where the data are not prepared, or not as this experiment needs them."""
+    """Opens the data of an experiment.
+
+    The first time on this $CVAE_HOME, and after a file has changed, all that the experiment reads is compared
+    with the checksums of its preparation. Raises UserError if the data are not prepared, not as this experiment
+    needs them, or not as they were prepared.
+    """
     data, wanted = experiment.data, experiment.model.condition
     store = open_store(data.name, data.image_size)
     train, val = (store.split(name, data.text_encoder) for name in (data.train, data.val))
@@ -63,6 +70,7 @@ def open_data(experiment: Experiment) -> ExperimentData:
         raise UserError(
             f"model.condition = 'text', but {data.name} has no captions; it can be 'label' or 'none'"
         )
+    _check_once(store, experiment)
     channels, height, width = train.images.shape[1:]
     return ExperimentData(
         store=store,
@@ -75,14 +83,33 @@ def open_data(experiment: Experiment) -> ExperimentData:
     )
 
 
-def _digest(store: Store, experiment: Experiment) -> str:
-    # Not the manifest's own digest: another encoder prepared later in the same store changes nothing here.
+def _check_once(store: Store, experiment: Experiment) -> None:
+    """Raises UserError if a file that the experiment reads is not what was prepared; reads what is not known."""
+    read = {store.path / name for name in _files_read(store, experiment)}
+    files = [(file, sha256) for file, sha256 in store.checksums() if file in read]
+    known = Verified(store.path)
+    if not known.unknown(files):
+        return
+    with known.alone():
+        unknown = known.unknown(files)
+        total = sum(file.stat().st_size for file, _ in unknown)
+        with progress_bar(total, "B", f"{store.path.name}: check once", delay=2) as bar:
+            store.check_contents(unknown, bar.update)
+
+
+def _files_read(store: Store, experiment: Experiment) -> dict[str, str]:
+    """The files that the experiment reads, as "train/images.npy", each with its sha256."""
     data = experiment.data
     read = text_file(data.text_encoder) if data.text_encoder else None
-    files = {
+    return {
         f"{split}/{name}": entry.sha256
         for split in (data.train, data.val)
         for name, entry in store.manifest.splits[split].files.items()
         if not name.startswith("text/") or name == read
     }
+
+
+def _digest(store: Store, experiment: Experiment) -> str:
+    # Not the manifest's own digest: another encoder prepared later in the same store changes nothing here.
+    files = _files_read(store, experiment)
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

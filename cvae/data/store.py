@@ -15,26 +15,39 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cvae.data.verified import Verified, file_sha256
 from cvae.errors import UserError
 from cvae.paths import data_dir
+
+__all__ = ["FileEntry", "Manifest", "Store", "file_sha256", "open_store"]
 
 MANIFEST = "manifest.json"
 _PREPARE_ARGUMENTS = {"coco": "coco --root DIR --size {image_size}"}
 
 
 Precision = Literal["fp32", "bf16"]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Plain names inside the store.
+SplitName = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
+FileName = Annotated[
+    str,
+    Field(
+        pattern=r"^((images|ids|labels|caption_offsets)\.npy|captions\.json|text/[^/\x00]{1,250}\.npy)$"
+    ),
+]
 
 
 class FileEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0, lt=2**60)]
+    sha256: Sha256
 
 
 class Skipped(BaseModel):
@@ -48,34 +61,34 @@ class Skipped(BaseModel):
 class SplitManifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     source: dict[str, Any]
-    images: int
-    captions: int
+    images: Annotated[int, Field(ge=1, lt=2**40)]
+    captions: Count
     skipped: list[Skipped]
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
 
 
 class TextEncoderEntry(BaseModel):
     """Identity of the encoder whose vectors are in text/<name>.npy."""
 
     model_config = ConfigDict(extra="forbid")
-    dim: int
+    dim: Annotated[int, Field(ge=1, le=2**16)]
     hash: str  # sha256 of its weights
     files: dict[str, str] = {}  # sha256 of its configuration and its tokenizer's files
     revision: str | None = None  # the hub's commit, where it is known
     pooling: str
     precision: Precision = "fp32"
-    max_tokens: int
-    truncated: dict[str, int]  # captions longer than max_tokens, per split
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    truncated: dict[str, Count]  # captions longer than max_tokens, per split
 
 
 class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
     dataset: str
-    image_size: int
-    channels: int
-    classes: list[str] | None
-    splits: dict[str, SplitManifest]
+    image_size: Annotated[int, Field(ge=1, le=4096)]
+    channels: Annotated[int, Field(ge=1, le=16)]
+    classes: Annotated[list[str], Field(min_length=1)] | None
+    splits: dict[SplitName, SplitManifest]
     text_encoders: dict[str, TextEncoderEntry]
 
     def to_json(self) -> str:
@@ -83,7 +96,7 @@ class Manifest(BaseModel):
 
 
 class Split:
-    """One split of a store. The arrays are memory-mapped, so opening costs nothing.
+    """One split of a store. The large arrays are memory-mapped, so opening costs little.
 
     images           uint8 (N, C, H, W)
     ids              int64 (N,)
@@ -92,20 +105,38 @@ class Split:
     text             float32 (M, D) of the chosen encoder, or None
     """
 
-    def __init__(self, folder: Path, classes: int, text_encoder: str | None) -> None:
+    def __init__(self, folder: Path, manifest: "Manifest", text_encoder: str | None) -> None:
+        """Raises UserError for an array that is not of the kind and shape that the manifest promises."""
+        split = manifest.splits[folder.name]
         self._folder = folder
-        self._classes = classes
-        self.images: NDArray[np.uint8] = _mapped(folder / "images.npy")
-        self.ids: NDArray[np.int64] = np.load(folder / "ids.npy")
+        self._classes = len(manifest.classes or ())
+        self._n_captions = split.captions
+        for name in ("images.npy", "ids.npy"):
+            if name not in split.files:
+                raise _Odd(folder / name, "the manifest does not list it")
+        n, size = split.images, manifest.image_size
+        shape = (n, manifest.channels, size, size)
+        self.images: NDArray[np.uint8] = _mapped(folder / "images.npy", "uint8", shape)
+        self.ids: NDArray[np.int64] = _mapped(folder / "ids.npy", "int64", (n,)).copy()
         self.labels: NDArray[np.int64] | None = None
         self.caption_offsets: NDArray[np.int64] | None = None
         self.text: NDArray[np.float32] | None = None
-        if (folder / "labels.npy").exists():
-            self.labels = np.load(folder / "labels.npy")
-        if (folder / "caption_offsets.npy").exists():
-            self.caption_offsets = np.load(folder / "caption_offsets.npy")
+        if "labels.npy" in split.files:
+            self.labels = _mapped(folder / "labels.npy", "int64", (n,)).copy()
+            if self.labels.min() < 0 or self.labels.max() >= self._classes:
+                raise _Odd(
+                    folder / "labels.npy", f"labels are not all from 0 to {self._classes - 1}"
+                )
+        if "caption_offsets.npy" in split.files:
+            file = folder / "caption_offsets.npy"
+            offsets = _mapped(file, "int64", (n + 1,)).copy()
+            if offsets[0] != 0 or offsets[-1] != split.captions or (np.diff(offsets) < 1).any():
+                raise _Odd(file, f"offsets do not rise from 0 to {split.captions}")
+            self.caption_offsets = offsets
         if text_encoder is not None:
-            self.text = _mapped(folder / text_file(text_encoder))
+            width = manifest.text_encoders[text_encoder].dim
+            file = folder / text_file(text_encoder)
+            self.text = _mapped(file, "float32", (split.captions, width))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,7 +146,19 @@ class Split:
         """All captions in order of images; empty for data without captions. Read at first use."""
         if self.caption_offsets is None:
             return []
-        captions: list[str] = json.loads((self._folder / "captions.json").read_text("utf-8"))
+        file = self._folder / "captions.json"
+        try:
+            captions: list[str] = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged ({str(error)[:100]}); prepare it again") from None
+        if (
+            not isinstance(captions, list)
+            or len(captions) != self._n_captions
+            or not all(isinstance(caption, str) for caption in captions)
+        ):
+            raise UserError(
+                f"{file} is damaged (not {self._n_captions} captions); prepare it again"
+            )
         return captions
 
     @property
@@ -161,10 +204,26 @@ class Split:
         return self.text.take(self.caption_rows(indices, choice), axis=0)
 
 
-def _mapped(file: Path) -> NDArray[Any]:
+class _Odd(Exception):
+    """A file of a store that is not what it should be, and why."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file} is damaged ({reason})")
+
+
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a strange header can raise anything in there
+        raise _Odd(file, f"no array can be read: {str(error)[:100]}") from None
+    if not isinstance(mapped, np.memmap):
+        raise _Odd(file, "it is no array")
+    if (mapped.dtype, mapped.shape) != (np.dtype(dtype), shape):
+        raise _Odd(file, f"it is {mapped.dtype} {mapped.shape} instead of {dtype} {shape}")
+    if not mapped.flags.c_contiguous:
+        raise _Odd(file, "its rows are not one after the other")
     # A plain array over the mapped file: to index a memmap takes twice as long.
-    array: NDArray[Any] = np.load(file, mmap_mode="r").view(np.ndarray)
-    return array
+    return mapped.view(np.ndarray)
 
 
 class Store:
@@ -180,7 +239,7 @@ class Store:
         except ValidationError as error:
             where = error.errors()[0]
             raise UserError(
-                f"{path / MANIFEST} is damaged ({where['loc']}: {where['msg']}); "
+                f"{path / MANIFEST} is damaged ({'.'.join(map(str, where['loc']))[:100]}: {where['msg'][:100]}); "
                 f"delete {path} and prepare it again: {self.command}"
             ) from None
 
@@ -206,7 +265,10 @@ class Store:
                 f"the captions of {self.path} (split {name}) are not encoded by '{text_encoder}'; "
                 f"encoders prepared: {have}; prepare it with: {self.command} --text {text_encoder}"
             )
-        return Split(self.path / name, len(self.manifest.classes or ()), text_encoder)
+        try:
+            return Split(self.path / name, self.manifest, text_encoder)
+        except _Odd as odd:
+            raise UserError(f"{odd}; prepare it again: {self.command}") from None
 
     def check_sizes(self, split: str | None = None) -> None:
         """Raises UserError when a file is missing or of another length than the manifest says."""
@@ -224,12 +286,22 @@ class Store:
         advance: called with the bytes read since the call before.
         """
         self.check_sizes(split)
-        for file, entry in self._files(split):
-            if file_sha256(file, advance) != entry.sha256:
-                raise UserError(
-                    f"{file} is damaged (its sha256 is not the manifest's); "
-                    f"prepare it again: {self.command}"
-                )
+        self.check_contents(self.checksums(split), advance)
+
+    def checksums(self, split: str | None = None) -> list[tuple[Path, str]]:
+        """Every file (of one split) with the sha256 that it should have."""
+        return [(file, entry.sha256) for file, entry in self._files(split)]
+
+    def check_contents(
+        self, files: list[tuple[Path, str]], advance: Callable[[int], object] = lambda n: None
+    ) -> None:
+        """Reads these of checksums() whole; raises UserError if one is not what was prepared."""
+        wrong = Verified(self.path).check(files, advance)
+        if wrong is not None:
+            raise UserError(
+                f"{wrong} is damaged (its sha256 is not the manifest's); "
+                f"prepare it again: {self.command}"
+            )
 
     def _files(self, only: str | None) -> list[tuple[Path, FileEntry]]:
         return [
@@ -238,15 +310,6 @@ class Store:
             for name, entry in content.files.items()
             if only in (None, split)
         ]
-
-
-def file_sha256(path: Path, advance: Callable[[int], object] = lambda n: None) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
 
 
 def text_file(encoder: str) -> str:

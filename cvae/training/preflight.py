@@ -153,7 +153,9 @@ def alone(folder: Path) -> None:
         need, digest = Need(), None
         if (folder / EXPERIMENT_FILE).is_file():
             experiment = load_experiment(folder / EXPERIMENT_FILE)
+            signal.alarm(0)  # to read the data for the first time may take longer
             data: ExperimentData = everywhere(ranks, lambda: open_data(experiment))
+            signal.alarm(_ALONE_S)
             with torch.device("meta"):
                 model = build_model(
                     experiment.model, data.image_shape, data.condition_dim, experiment.seed
