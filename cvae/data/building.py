@@ -64,15 +64,16 @@ def building(store: Path) -> Iterator[Path]:
 
 
 def check_place(store: Path) -> None:
-    """Raises UserError unless nothing is at `store`, an empty folder, or a store, complete or begun."""
+    """Raises UserError unless nothing is at `store`, or a folder that holds nothing but a store or its splits."""
     if os.path.lexists(store) and not store.is_dir():
         raise UserError(
             f"{store} is not a folder; a prepared store would take its place: remove it first"
         )
-    names = set(os.listdir(store)) if store.is_dir() else set()
-    if names and not {MANIFEST, ".preparing"} & names:
+    names = os.listdir(store) if store.is_dir() else []
+    strange = [name for name in sorted(names) if not (store / name / "images.npy").exists()]
+    if strange and not {MANIFEST, ".preparing"} & set(names):
         raise UserError(
-            f"{store} holds {min(names)} and others, but no store that prepare.py made; move it away first"
+            f"{store} holds {strange[0]}, but no store that prepare.py made; move it away first"
         )
 
 
