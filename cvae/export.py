@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from cvae.data.building import progress_bar
 from cvae.data.encoder_files import WEIGHTS as ENCODER_WEIGHTS
@@ -42,6 +41,7 @@ from cvae.pictures import write_png
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
 from cvae.training import journal
+from cvae.weights_file import write_weights
 
 # Samples for the card: of a large model fewer, which on a CPU take minutes.
 _SAMPLES, _FEW, _LARGE = 8, 4, 50_000_000
@@ -86,7 +86,7 @@ def write_model(run: RunDirectory, folder: Path) -> None:
 def _write_weights(run: RunDirectory, trained: Trained, folder: Path) -> None:
     shutil.copy(run.experiment_file, folder / EXPERIMENT)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(weights, folder / WEIGHTS, from_pytorch=True)
 
 
 def _seal(exported: Exported, folder: Path) -> None:
@@ -121,7 +121,7 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
                 # A pickle: read without running what is in it, and left behind.
                 tensors = torch.load(source / name, map_location="cpu", weights_only=True)
                 whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-                save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+                write_weights(whole, folder / WEIGHTS, from_pytorch=True)
                 encoder.entry.hash = file_sha256(folder / WEIGHTS)
             else:
                 shutil.copyfile(source / name, folder / name)

@@ -47,14 +47,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; colleagues read each other's runs.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        share(temporary)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def share(file: str | Path) -> None:
+    """Gives a file the permissions that the umask grants to new files.
+
+    Python's tempfile and safetensors make files private, but colleagues read each other's runs.
+    """
+    # The umask can only be read by setting it; a file that another thread makes meanwhile is private, not open.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)
 
 
 def _is_special(path: Path) -> bool:

@@ -12,16 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from cvae.errors import UserError
 from cvae.paths import fsync
+from cvae.weights_file import write_weights
 
 Tensors = dict[str, Tensor]
 _STATE = "state.json"
@@ -40,17 +43,18 @@ class Snapshot(NamedTuple):
 def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
     """Writes a snapshot and removes all but the newest `keep` and the best one.
 
-    Raises OSError (disk full); what was there before is then untouched.
+    Raises OSError (disk full); what was there before is then untouched. What cannot be removed is no error:
+    the next save tries again.
     """
     name = _name(snapshot.state["step"])
     final, nascent = folder / name, folder / f".{name}.new"
-    shutil.rmtree(nascent, ignore_errors=True)  # left by a kill
+    _sweep(folder)
     nascent.mkdir(parents=True)
     try:
         digests = {}
         for part, tensors in snapshot.tensors.items():
             file = nascent / f"{part}.safetensors"
-            save_file(tensors, file)
+            write_weights(tensors, file)
             digests[file.name] = _sha256(file)
             fsync(file)
         digests[_STATE] = _state_sha256(snapshot.state)
@@ -58,7 +62,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
         (nascent / _STATE).write_text(json.dumps(state, indent=1))
         fsync(nascent / _STATE)
         if final.exists():  # a damaged one that this run fell back behind
-            shutil.rmtree(final)
+            _discard(final)
         os.rename(nascent, final)
         fsync(folder)
     except Exception:
@@ -141,9 +145,11 @@ def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
             part = name.removesuffix(".safetensors")
             if parts and part not in parts:
                 continue
-            if _sha256(folder / name) != digest:
+            # Read and not mapped: a mapping would live as long as the tensors, and with it the removed file.
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"the checksum of {name} does not match")
-            tensors[part] = load_file(folder / name)
+            tensors[part] = load(content)
     except (
         OSError,
         KeyError,
@@ -160,10 +166,28 @@ def _prune(folder: Path, keep: int) -> None:
     best = os.readlink(folder / _BEST) if (folder / _BEST).is_symlink() else None
     for name in steps(folder)[:-keep]:
         if name != best:
-            # Renamed first: a reader never meets half a checkpoint.
-            doomed = folder / f".{name}.old"
-            os.rename(folder / name, doomed)
-            shutil.rmtree(doomed)
+            with suppress(OSError):
+                _discard(folder / name)
+
+
+def _discard(path: Path) -> None:
+    """Takes a checkpoint's name away, and removes its files as far as they can be removed.
+
+    Renamed first, so that a reader never meets half a checkpoint. On NFS a file that somebody still reads leaves a
+    `.nfs…` file behind, which keeps its folder from being removed. Raises OSError if it cannot be renamed.
+    """
+    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        os.rename(path, doomed / path.name)
+    finally:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a kill, or a file that could not be removed, has left of earlier checkpoints."""
+    for pattern in (".step-*.new", ".step-*.old"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -143,10 +143,17 @@ class DdpEngine:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would find no compiler; for a GPU Triton brings its own."""
-    names = filter(None, [os.environ.get("CXX"), "g++", "clang++"])
-    if device.type == "cpu" and not any(map(shutil.which, names)):
+    """Raises UserError if torch.compile would find no compiler.
+
+    On a CPU it generates C++. On a GPU Triton brings its own compiler, but builds its launchers with the host's
+    C compiler.
+    """
+    on_cpu = device.type == "cpu"
+    variable, names = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
+    candidates = filter(None, [os.environ.get(variable), *names])
+    if not any(map(shutil.which, candidates)):
+        language, hardware = ("C++", "CPU") if on_cpu else ("C", "GPU")
         raise UserError(
-            "training.compile = true needs a C++ compiler on a CPU, and there is no g++ here:"
-            " install one, or train with training.compile=false"
+            f"training.compile = true needs a {language} compiler on a {hardware}, and there is no {names[0]}"
+            f" here: install one, or train with training.compile=false"
         )

@@ -236,7 +236,9 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     # An all-reduce for inference on CPUs, which DeepSpeed would compile at first use: nothing here calls it,
     # and compute nodes have neither a compiler nor a home to write to.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On a GPU the table is left alone: it is made at first use, by probing every operation with a warning each.
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     module: ModuleType = deepspeed
     return module
 

@@ -64,7 +64,13 @@ class Record:
     def pictures(self, step: int, images: Mapping[str, Image]) -> None:
         for key, image in images.items():
             path = self.run.pictures / f"{key}-{step:08d}.png"
-            pictures.write_png(image, path)
+            try:
+                pictures.write_png(image, path)
+            except OSError as error:
+                self.notice(
+                    f"the picture {path.name} could not be written: {error}; training goes on"
+                )
+                continue
             self._append("picture", step=step, key=key, path=str(path.relative_to(self.run.path)))
 
     def checkpoint(self, snapshot: checkpoint.Snapshot, keep: int, best: bool) -> None:
@@ -96,7 +102,11 @@ class Record:
         self.saver.finish()
         write_model(self.run, self.run.path / "model")
         self._append("artifact", path="model", artifact_path="model")
-        curves = pictures.write_learning_curves(self.run)
+        try:
+            curves = pictures.write_learning_curves(self.run)
+        except OSError as error:
+            self.notice(f"the learning curves could not be drawn: {error}")
+            return
         self._append(
             "artifact", path=str(curves.relative_to(self.run.path)), artifact_path="figures"
         )

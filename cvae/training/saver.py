@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cvae.errors import UserError
 from cvae.training import checkpoint
 from cvae.training.checkpoint import Snapshot
 
@@ -25,6 +26,8 @@ class Saver:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
+        self.best = float("inf")
+        """The lowest validation loss of those checkpoints that have been written."""
 
     def save(self, snapshot: Snapshot, keep: int, best: bool) -> None:
         """checkpoint.save() in the background; returns as soon as the tensors may change again."""
@@ -39,8 +42,16 @@ class Saver:
         self._writing.start()
 
     def finish(self) -> None:
-        """Waits for the last write. Raises what kept it from being written, as OSError for a full disk."""
+        """Waits for the last write. Raises what kept it from being written, as OSError for a full disk.
+
+        Raises UserError if there is no checkpoint at all: a second attempt would start from step 0 and end here.
+        """
         self.wait()
+        if self._error is not None and not checkpoint.steps(self.folder):
+            raise UserError(
+                f"no checkpoint could be written to {self.folder} ({self._error}), so that nothing is left of"
+                " this training; give the disk room or raise the limit on files (ulimit -f), then resume"
+            )
         if self._error is not None:
             raise self._error
 
@@ -71,6 +82,8 @@ class Saver:
         try:
             path = checkpoint.save(self.folder, snapshot, keep, best)
             self._error = None
+            if best:
+                self.best = snapshot.state["best_val_loss"]
         except Exception as error:  # safetensors has an exception of its own for a full disk
             self._error = error
             self.told({"step": step, "error": str(error)})

@@ -100,12 +100,12 @@ def _train(
     if saved is None and experiment.model.init_from is not None:
         load_published(model, experiment.model, experiment.model.init_from)
     engine = build_engine(model, experiment, ranks)
-    step, best = 0, float("inf")
+    step = 0
     if saved is not None:
         engine.restore(saved)
         step = saved.state["step"]
         if saved.state["best_val_loss"] is not None:
-            best = saved.state["best_val_loss"]
+            record.saver.best = saved.state["best_val_loss"]
     record.start(step=step, engine=engine.name, **facts(data, ranks, engine.precision))
 
     total = experiment.total_steps(len(data.train_rows))
@@ -121,7 +121,8 @@ def _train(
             record.pictures(step, images)
 
     def save(val_loss: float | None) -> None:
-        nonlocal best
+        record.saver.wait()  # only what has been written counts as the best so far
+        best = record.saver.best
         is_best = val_loss is not None and val_loss < best
         best = val_loss if val_loss is not None and is_best else best
         snapshot = engine.snapshot({"step": step, "best_val_loss": best})

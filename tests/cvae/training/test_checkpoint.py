@@ -119,3 +119,39 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.load_newest(tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = checkpoint.save(tmp_path, snapshot(1), keep=1, best=True)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}
+
+
+def test_what_cannot_be_removed_fails_no_save_and_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a folder stays while somebody has one of its removed files open."""
+
+    def busy(*arguments: object, **more: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    checkpoint.save(tmp_path, snapshot(1), keep=1, best=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        for step in (2, 3):
+            checkpoint.save(tmp_path, snapshot(step), keep=1, best=False)
+    assert checkpoint.steps(tmp_path) == ["step-00000003"]
+    checkpoint.save(tmp_path, snapshot(4), keep=1, best=False)
+    checkpoint.save(tmp_path, snapshot(4), keep=1, best=False)  # over itself, as over a damaged one
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_what_was_loaded_holds_no_file(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, snapshot(1), keep=1, best=False)
+    loaded = checkpoint.load_step(tmp_path, 1)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    loaded.tensors["model"]["w"].add_(1)  # and it is the reader's own

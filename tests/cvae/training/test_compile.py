@@ -10,7 +10,9 @@ from cvae.config import Experiment
 from cvae.data.experiment_data import open_data
 from cvae.data.feed import micro_batches
 from cvae.data.order import BatchOrder
+from cvae.errors import UserError
 from cvae.models.cvae import build_model
+from cvae.training.ddp import _check_compiler
 from cvae.training.engine import build_engine
 from cvae.training.ranks import Ranks
 from tests import engine_proofs
@@ -51,3 +53,19 @@ def test_another_beta_is_no_other_graph(tiny_store: Path) -> None:
     losses = [engine.step(batch, 0.0, beta)[2] for beta in (0.0, 0.25, 0.5, 1.0)]
     assert counters["stats"]["unique_graphs"] == before
     assert losses[0] < losses[-1]
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_missing_compiler_is_one_line(
+    device: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU too: Triton builds its launchers with the host's C compiler."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=r"training\.compile = true needs a .* compiler on a"):
+        _check_compiler(torch.device(device))
+    own = tmp_path / "own-compiler"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    monkeypatch.setenv(variable, str(own))
+    _check_compiler(torch.device(device))

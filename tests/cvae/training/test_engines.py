@@ -1,14 +1,18 @@
 """DDP and DeepSpeed's ZeRO stages: one curve, one checkpoint. tests/engine_proofs.py has the long version."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.models.cvae import build_model
+from cvae.training import deepspeed_engine
 from cvae.training.engine import build_engine
 from cvae.training.ranks import Ranks
 from tests import engine_proofs, ranks
@@ -135,3 +139,15 @@ def test_a_missing_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     model = build_model(experiment.model, (1, 16, 16), 3, 0)
     with pytest.raises(UserError, match="needs the package deepspeed, which is not installed"):
         build_engine(model, experiment, Ranks(0, 1, torch.device("cpu"), None))
+
+
+def test_deepspeed_probes_its_operations_on_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table of operations is made at first use, by a probe and a warning for each."""
+
+    class Operations:
+        def __getattr__(self, name: str) -> dict[str, bool]:
+            raise AssertionError(f"{name} was asked for")
+
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=Operations()))
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    deepspeed_engine._import_deepspeed(torch.device("cuda"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from cvae.errors import UserError
 from cvae.training import checkpoint
 from cvae.training.checkpoint import Snapshot
 from cvae.training.saver import Saver
@@ -75,9 +76,15 @@ def test_a_full_disk_is_told_at_once_and_raised_at_the_end(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
         saver.save(snapshot(1, weights), keep=3, best=False)
-        with pytest.raises(OSError, match="No space left"):
+        # Nothing was ever written: another attempt would begin at step 0 and end here again.
+        with pytest.raises(UserError, match=r"no checkpoint could be written .*No space left"):
             saver.finish()
     assert said == [{"step": 1, "error": "[Errno 28] No space left on device"}]
     saver.save(snapshot(2, weights), keep=3, best=False)
     saver.finish()
     assert checkpoint.steps(tmp_path) == ["step-00000002"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        saver.save(snapshot(3, weights), keep=3, best=False)
+        with pytest.raises(OSError, match="No space left"):
+            saver.finish()

@@ -10,6 +10,7 @@ import torch
 
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
+from cvae.training import checkpoint
 from cvae.training import train as training
 from cvae.training.train import Outcome, train
 from tests import ranks
@@ -233,3 +234,50 @@ def test_ema_is_the_average_of_the_weights(tiny_store: Path) -> None:
     new, ema = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
     for name, value in ema.items():
         torch.testing.assert_close(value, 0.75 * initial[name] + 0.25 * new[name])
+
+
+def _best(run: RunDirectory) -> int:
+    return int((run.checkpoints / "best").readlink().name.removeprefix("step-"))
+
+
+def test_a_best_checkpoint_that_was_not_written_does_not_count(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the losses 5, 1, 3, 4 the disk was full at 1: the best that there is has 3."""
+    losses, write = iter([5.0, 1.0, 3.0, 4.0]), checkpoint.save
+
+    def save(folder: Path, what: checkpoint.Snapshot, keep: int, best: bool) -> Path:
+        if what.state["step"] == 10:
+            raise OSError(28, "No space left on device")
+        return write(folder, what, keep, best)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(training, "evaluate_elbo", lambda *_: {"loss": next(losses)})
+    run = alone("full", tiny_experiment())
+    assert _best(run) == 15
+    state = checkpoint.load_newest(run.checkpoints, pytest.fail)
+    assert state is not None
+    assert state.state["best_val_loss"] == 3.0
+
+
+def test_pictures_that_cannot_be_written_cost_no_run(tiny_store: Path) -> None:
+    run = ranks.new_run("pictures", tiny_experiment())
+    run.pictures.rmdir()
+    run.pictures.write_text("a file, in which even root can write no file")
+    assert train(run.path, mirrored=False) == Outcome("finished", 20, "")
+    messages = [line["message"] for line in ranks.lines(run, "notice")]
+    assert any("could not be written" in message for message in messages)
+    assert "could not be drawn" in messages[-1]
+
+
+def test_a_run_that_can_never_save_ends_with_one_line(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is bad input, which is not tried again: another attempt would begin at step 0."""
+
+    def save(*arguments: object) -> Path:
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(UserError, match=r"no checkpoint could be written .*File too large"):
+        alone("limited", tiny_experiment())
