@@ -9,10 +9,11 @@ For example, with a run or with a folder that workflows/export.py wrote:
 """
 
 import difflib
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cvae.config import Experiment, load_experiment
 from cvae.data import order
 from cvae.data.building import progress_bar
 from cvae.data.experiment_data import ExperimentData, open_data
-from cvae.data.store import TextEncoderEntry
+from cvae.data.store import Precision, TextEncoderEntry
 from cvae.data.text import TextEncoder, load_encoder
 from cvae.errors import UserError
 from cvae.inference import Images, Vectors
@@ -35,6 +36,16 @@ from cvae.models.backbone import ImageShape
 from cvae.models.cvae import Cvae, build_model
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint
+
+# A server predicts in several threads.
+_LOADING = threading.Lock()
+
+
+@lru_cache(maxsize=2)
+def _loaded(source: str, precision: Precision, sha256: str) -> TextEncoder:
+    """load_encoder(), once for all models and seeds of an encoder. sha256: of the weights that are expected there,
+    so that another encoder that takes the place of the first is loaded anew."""
+    return load_encoder(source, precision)
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ class Trained:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The frozen encoder that prepared the captions; loaded at first use.
+        """The frozen encoder that prepared the captions; loaded at first use, once in a process.
 
         Raises UserError where another one has its name by now: its vectors would mean nothing here.
         """
@@ -98,7 +109,10 @@ class Trained:
         assert name is not None
         assert self.encoder_source is not None
         assert self.encoder_entry is not None
-        encoder = load_encoder(self.encoder_source, self.encoder_entry.precision)
+        with _LOADING:
+            encoder = _loaded(
+                self.encoder_source, self.encoder_entry.precision, self.encoder_entry.hash
+            )
         if self.run is None:  # a copy knows neither its name nor minilm's shorter limit
             encoder = replace(encoder, name=name, max_tokens=self.encoder_entry.max_tokens)
         if difference := encoder.difference(self.encoder_entry):
@@ -159,10 +173,12 @@ class Trained:
             one_hot = np.eye(len(self.classes), dtype=np.float32)
             return one_hot[[self.class_number(prompt) for prompt in prompts]]
         captions = [" ".join(str(prompt).split()) for prompt in prompts]
-        if not all(captions):
-            raise UserError("a caption is empty; say what is to be drawn")
-        if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
-            raise UserError("a caption is not valid UTF-8")
+        for number, caption in enumerate(captions, 1):
+            which = f"caption {number} of {len(captions)}"
+            if not caption:
+                raise UserError(f"{which} is empty; say what is to be drawn")
+            if any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise UserError(f"{which} is not valid UTF-8")
         limit = self.text_encoder.max_tokens
         long = np.flatnonzero(self.text_encoder.token_counts(captions) > limit)
         if len(long):

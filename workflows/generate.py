@@ -56,7 +56,8 @@ def parser() -> Parser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="a PNG (default: in the run's pictures/; of an exported model, here)",
+        help="a PNG (default: in the run's pictures/, of an exported model here; other captions, counts and "
+        "seeds get other names)",
     )
     return parser
 
@@ -71,8 +72,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{len(options.captions)} captions: a picture holds at most {_MOST}")
     if options.seed is not None and (options.reconstruct or options.latent_map is not None):
         raise UserError("--seed is for drawing: --reconstruct and --latent-map draw no noise")
-    if not all(caption.strip() for caption in options.captions):
-        raise UserError("a caption is empty; say what is to be drawn")
+    for number, caption in enumerate(options.captions, 1):
+        if not caption.strip():
+            which = f"caption {number} of {len(options.captions)}"
+            raise UserError(f"{which} is empty; say what is to be drawn")
     if options.out is not None:
         _check_out(options.out)
     found = [locate(name) for name in (options.run, *(options.latent_map or []))]

@@ -1,6 +1,8 @@
 """The pictures of generate.py, each with what is to be said about it."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _JUDGED_PER_CLASS = 200
+_LONGEST_WORDS = 40
 
 
 class Shown(NamedTuple):
@@ -45,7 +48,16 @@ def drawings(trained: Trained, captions: list[str], count: int) -> Shown:
     if missing := without_font(labels):
         shown = " ".join(missing[:12]) + (" …" if len(missing) > 12 else "")
         note = [f"no font here has {shown}: such letters are named or numbered in the labels"]
-    return Shown("captions", labelled_grid(np.concatenate(rows), labels), note, {})
+    name = _sheet_name(trained, labels, count)
+    return Shown(name, labelled_grid(np.concatenate(rows), labels), note, {})
+
+
+def _sheet_name(trained: Trained, labels: list[str], count: int) -> str:
+    """As "captions-a_red_bus-3f2a91c0": the same for the same drawings, another for others."""
+    drawn = json.dumps([trained.name, trained.step, trained.seed, count, labels])
+    words = re.sub(r"\W+", "_", labels[0])[:_LONGEST_WORDS].strip("_")
+    digest = hashlib.sha256(drawn.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return "-".join(filter(None, ["captions", words, digest]))
 
 
 def reconstructions(trained: Trained, count: int) -> Shown:

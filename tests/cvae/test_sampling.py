@@ -87,8 +87,8 @@ def test_new_captions_are_read_by_the_encoder_of_the_run(tiny_captioned_store: P
     np.testing.assert_allclose(trained.condition([f"  {known}\n"]), prepared, atol=1e-5)
     images = trained.draw([known, "something else entirely"], 2)
     assert not np.array_equal(images[0], images[1])
-    with pytest.raises(UserError, match="caption is empty"):
-        trained.draw(["fine", " \n"], 1)
+    with pytest.raises(UserError, match="caption 2 of 3 is empty"):
+        trained.draw(["fine", " \n", "fine"], 1)
 
     entry = trained.encoder_entry
     assert entry is not None

@@ -24,7 +24,7 @@ def test_a_mistake_is_one_line_and_status_2(tiny_store: Path) -> None:
     command = [sys.executable, script, "mine", "low", " "]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: a caption is empty; say what is to be drawn\n"
+    assert done.stderr == "error: caption 2 of 2 is empty; say what is to be drawn\n"
     assert done.stdout == ""
 
 
@@ -108,7 +108,10 @@ def test_captions_are_drawn_and_matched(tiny_captioned_store: Path, tmp_path: Pa
 
 
 def test_an_exported_model_draws_where_the_person_is(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, here = tmp_path / "out", tmp_path / "here"
     run = make_run()
@@ -118,17 +121,24 @@ def test_an_exported_model_draws_where_the_person_is(
     monkeypatch.chdir(here)
     assert main([str(folder), "low", "high", "-n", "2"]) == 0
     assert main([str(folder), "--reconstruct"]) == 0  # the data are here
-    assert sorted(os.listdir(here)) == ["tiny-captions.png", "tiny-reconstructions.png"]
+    sheet, reconstructions = sorted(os.listdir(here))
+    assert sheet.startswith("tiny-captions-low-")
+    assert reconstructions == "tiny-reconstructions.png"
     main(["tiny", "low", "high", "-n", "2"])
-    drawn = (run.pictures / "captions.png").read_bytes()
-    assert (here / "tiny-captions.png").read_bytes() == drawn
+    drawn = (run.pictures / sheet.removeprefix("tiny-")).read_bytes()
+    assert (here / sheet).read_bytes() == drawn
     assert sorted(folder.rglob("*")) == before
 
-    main([str(folder), "low", "high", "-n", "2", "--seed", "5"])
-    assert (here / "tiny-captions.png").read_bytes() != drawn
+    # Sheets of other captions, counts and seeds lie beside it; the printed path is where they are.
+    for more in (["--seed", "5"], ["-n", "3"], ["middle"], ["middle", "low"]):
+        capsys.readouterr()
+        main([str(folder), "low", "high", "-n", "2", *more])
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert (here / printed).read_bytes() != drawn
+    assert len(os.listdir(here)) == 6
     shutil.rmtree(tiny_store)
     main([str(folder), "low", "high", "-n", "2"])
-    assert (here / "tiny-captions.png").read_bytes() == drawn
+    assert (here / sheet).read_bytes() == drawn
     for arguments in ([], ["--reconstruct"], ["--latent-map"]):
         with pytest.raises(UserError, match="this needs its data: tiny is not prepared at 16×16"):
             main([str(folder), *arguments])

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cvae import paths
+from cvae import paths, sampling
+from cvae.data.store import Precision
+from cvae.data.text import TextEncoder, load_encoder
 from cvae.errors import UserError
 from cvae.export import write_model
 from cvae.run_directory import RunDirectory
@@ -61,13 +63,28 @@ def test_classes_in_images_out(tiny_store: Path) -> None:
         model.predict(pd.DataFrame({"a": names, "b": names}))
 
 
-def test_captions_in_images_out(tiny_captioned_store: Path) -> None:
+def test_captions_in_images_out(
+    tiny_captioned_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode_with(tiny_captioned_store)
     run = make_run(captioned=True, encoder="minilm")
     model = mlflow.pyfunc.load_model(f"runs:/{logged(run)}/model")
     captions = ["a red bus on a street", "two dogs 🐕"]
-    assert np.array_equal(model.predict(captions), load_run(run).draw(captions, 1))
-    with pytest.raises(UserError, match="caption is empty"):
+    loads: list[str] = []
+
+    def counted(name: str, precision: Precision) -> TextEncoder:
+        loads.append(name)
+        return load_encoder(name, precision)
+
+    monkeypatch.setattr(sampling, "load_encoder", counted)
+    sampling._loaded.cache_clear()
+    drawn = model.predict(captions)
+    assert np.array_equal(drawn, load_run(run).draw(captions, 1))
+    for seed in (1, 2):
+        model.predict(captions, params={"seed": seed})
+    assert np.array_equal(model.predict(captions), drawn)
+    assert loads == ["minilm"]
+    with pytest.raises(UserError, match="caption 1 of 1 is empty"):
         model.predict([" "])
 
 
