@@ -49,18 +49,22 @@ def main() -> int:
         home = Path(folder)
         try:
             # Hosts see what was mounted before they were made.
-            faults.mount_small(home / "small")
+            faults.mount_disks(home)
+            faults.add_scontrol(home)
             cluster.up()
             return _campaign(
                 cluster, home, options.faults, random.Random(options.seed), options.only
             )
         finally:
+            faults.thaw(home)
             cluster.down()
             faults.clean_up(home)
 
 
 def _campaign(cluster: Cluster, home: Path, n: int, dice: random.Random, names: list[str]) -> int:
-    write_store(home, captioned=False)
+    # The undisturbed run has a file system of its own.
+    for folder in (home, home / "disk"):
+        write_store(folder, captioned=False)
     os.environ["CVAE_HOME"] = str(home)
     os.environ["SLURM_CONF"] = str(cluster.slurm_conf)
     experiment = _experiment(_STEPS_PER_FAULT * (n + 1))
@@ -68,6 +72,7 @@ def _campaign(cluster: Cluster, home: Path, n: int, dice: random.Random, names: 
     server = faults.MlflowServer(home, cluster.machine_address)
     server.start()
     os.environ["MLFLOW_TRACKING_URI"] = server.uri
+    os.environ["CVAE_HOME"] = str(home / "disk")
     run = RunDirectory.create("campaign", experiment)
     run.checkpoints.rmdir()
     run.checkpoints.symlink_to(home / "small")
@@ -100,10 +105,14 @@ def _inject(field: Field, name: str) -> str:
         _wait(lambda: fault.seen(field, began))
         detected = time.time() - field.acted
         heal()
-        return f"{name} | {step:,} | {detected:.0f} s | 0 | went on"
+        if fault.restarts is None:
+            _wait(lambda: field.has_noticed(began) or field.has_trained_since(began + detected))
+        if not field.has_noticed(began):
+            return f"{name} | {step:,} | {detected:.0f} s | 0 | went on"
     _wait(lambda: field.has_noticed(began))
     detected = time.time() - field.acted
-    heal()
+    if fault.restarts:
+        heal()
     _wait(lambda: len(lines(field.run, "start")) > starts)
     start = lines(field.run, "start")[starts]
     seen = [x["step"] for x in lines(field.run, "step") if x["time"] < start["time"]]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,6 +75,7 @@ class Field:
         self, cluster: Cluster, run: RunDirectory, server: MlflowServer, dice: random.Random
     ):
         self.cluster, self.run, self.server, self.dice = cluster, run, server, dice
+        self.home = server.home
         submission = last_submission(run)
         assert submission is not None
         self.job_id = submission.job_id
@@ -90,6 +92,10 @@ class Field:
             or self.slurm.job(self.job_id).phase == "queued"
         )
 
+    def has_trained_since(self, when: float) -> bool:
+        """Whether it has trained on for some seconds, so that a watchdog would have ended it by now."""
+        return any(line["time"] > when + 5 for line in lines(self.run, "step"))
+
     def wait_for_checkpoint(self) -> None:
         before, deadline = self.checkpoints(), time.monotonic() + 300
         while self.checkpoints() <= before and time.monotonic() < deadline:
@@ -104,7 +110,8 @@ class Field:
 
 class Fault(NamedTuple):
     inject: Callable[[Field], Heal]
-    restarts: bool = True
+    restarts: bool | None = True
+    """Whether the run has to begin anew; None: it may, or may sit it out."""
     seen: Callable[[Field, float], bool] = lambda field, since: True
 
 
@@ -213,6 +220,28 @@ def _a_while(field: Field, since: float) -> bool:
     return time.time() > since + 10
 
 
+def _refuse_requeue(field: Field) -> Heal:
+    (field.home / "refuse").touch()
+    _kill_rank(field)
+    return _nothing
+
+
+def _stall(field: Field) -> Heal:
+    folders = [field.home / name for name in DISKS]
+    for folder in folders:
+        _freeze(folder, "--freeze")
+
+    def heal() -> None:
+        for folder in folders:
+            _freeze(folder, "--unfreeze")
+
+    return heal
+
+
+def _a_minute(field: Field, since: float) -> bool:
+    return time.time() > since + 60
+
+
 FAULTS = {
     "SIGKILL of a rank": Fault(_kill_rank),
     "SIGSTOP of a rank": Fault(_stop_rank),
@@ -225,20 +254,62 @@ FAULTS = {
     "newest checkpoint corrupted": Fault(_corrupt_newest),
     "disk full during a save": Fault(_fill_disk, False, _disk_was_full),
     "MLflow's server killed": Fault(_kill_mlflow, False, _a_while),
+    "scontrol requeue refused once": Fault(_refuse_requeue),
+    "file system stalled for 60 s": Fault(_stall, None, _a_minute),
 }
 
 
-def mount_small(folder: Path) -> None:
-    """A file system of 2 MB, which a filler soon makes full."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+DISKS = {"disk": 256, "small": 4}
+"""File systems of their own, in MB: the runs' folder, and one for checkpoints, which a filler soon makes full."""
+
+
+def mount_disks(home: Path) -> None:
+    for name, size in DISKS.items():
+        image = home / f"{name}.img"
+        image.touch()
+        os.truncate(image, size * 2**20)
+        make = ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)]
+        subprocess.run(make, check=True)
+        (home / name).mkdir()
+        subprocess.run(["mount", "-o", "loop", str(image), str(home / name)], check=True)
+
+
+def _freeze(folder: Path, how: str) -> None:
+    """Lets every write wait, in the kernel, on all hosts: so a network file system behaves that fails over."""
+    subprocess.run(["fsfreeze", how, str(folder)], check=True, capture_output=True)
+
+
+def add_scontrol(home: Path) -> None:
+    """Puts a scontrol on PATH that refuses the next requeue if the file `refuse` is there."""
+    script = home / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = requeue ] && rm {home}/refuse 2>/dev/null; then
+  echo "slurm_requeue error: Socket timed out on send/recv operation" >&2
+  exit 1
+fi
+exec {shutil.which("scontrol")} "$@"
+"""
+    )
+    script.chmod(0o755)
+    os.environ["PATH"] = f"{script.parent}:{os.environ['PATH']}"
 
 
 def clean_up(home: Path) -> None:
     """Ends what the campaign has started outside the cluster."""
     with suppress(OSError, ValueError):
         os.killpg(int((home / "server.pid").read_text()), signal.SIGKILL)
+    os.environ["CVAE_HOME"] = str(home)
     with suppress(UserError):
         runs.main(["cancel", "quiet"])
-    if (home / "small").is_mount():
-        subprocess.run(["umount", "--lazy", str(home / "small")], check=False)
+    for name in DISKS:
+        if (home / name).is_mount():
+            subprocess.run(["umount", "--lazy", str(home / name)], check=False)
+
+
+def thaw(home: Path) -> None:
+    """No process can be ended that waits for a frozen file system."""
+    for name in DISKS:
+        with suppress(subprocess.CalledProcessError):
+            _freeze(home / name, "--unfreeze")
