@@ -20,7 +20,7 @@ from cvae.redaction import holds_password
 from slurm import job, local, supervisor
 from slurm.client import complaint
 from slurm.cluster import ClusterConfig, Place, Placement
-from slurm.queue import Submission
+from slurm.queue import Submission, this_machine
 from slurm.tries import Care
 
 
@@ -70,13 +70,14 @@ def submit(what: Job, place: Place, placement: Placement, gpus: int) -> Submissi
         job_id = _to_slurm(what, place.config, placement)
     else:
         job_id = _to_this_machine(what, place.config, placement)
-        started = local.started_at(int(job_id))
+        started = local.started_at(local.pid_of(job_id))
     return Submission(
         time=time.time(),
         cluster=place.name,
         executor=place.config.executor,
         job_id=job_id,
         host=socket.gethostname(),
+        machine=this_machine(),
         nodes=placement.nodes,
         gpus=gpus,
         world_size=placement.world_size,

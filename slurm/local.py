@@ -24,6 +24,7 @@ from slurm.tries import Care
 # For the last words of the ranks that outlive a bad end. MLflow's mirror is a process of its own and goes on.
 _PATIENCE_S = 12.0
 _POLL_S = 0.1
+_SUFFIX = "CVAE_JOB_SUFFIX"
 
 
 class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not checked, see pyproject
@@ -52,6 +53,8 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
             "SUBMITIT_STDERR_TO_STDOUT": "1",
             **self.parameters["env"],
         }
+        # A pid comes again, in a container soon: the files of an earlier job must not be taken for this one's.
+        suffix = environment[_SUFFIX] = f"{time.time():.0f}"
         with (self.folder / CONTROLLER_LOG).open("a") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "slurm.local", str(self.folder), str(patience), *care],
@@ -62,7 +65,7 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
                 stderr=log,
                 start_new_session=True,
             )
-        return LocalJob(self.folder, str(process.pid), list(range(tasks)), process)
+        return LocalJob(self.folder, _job_id(process.pid, suffix), list(range(tasks)), process)
 
     def _internal_update_parameters(self, **parameters: Any) -> None:
         self.parameters.update(parameters)
@@ -70,6 +73,11 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
 
 class _Controller(Controller):  # type: ignore[misc]
     told_to_end = False
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        # submitit calls the job's id the controller's pid.
+        self.pid = _job_id(os.getpid(), os.environ[_SUFFIX])
 
     def run_to_end(self, patience_s: float) -> int:
         """One try. Returns the status of the rank that ended badly first; 0 where none did."""
@@ -128,6 +136,15 @@ class _Controller(Controller):  # type: ignore[misc]
                     status = status or code
             time.sleep(_POLL_S)
         return status
+
+
+def _job_id(pid: int, suffix: str) -> str:
+    return f"{pid}-{suffix}"
+
+
+def pid_of(job_id: str) -> int:
+    """The controller's; older job ids are mere pids."""
+    return int(job_id.partition("-")[0])
 
 
 def _how(code: int) -> str:

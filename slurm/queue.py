@@ -1,8 +1,10 @@
 """Jobs that were submitted: where they are, and how to end them. The same questions for SLURM and this machine."""
 
+import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -10,6 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from cvae.errors import UserError
 from slurm import local
 from slurm.client import JobState, Slurm
+
+_POLL_S = 0.5
+# A controller that is being restarted loses no request for good.
+_CANCEL_EVERY_S, _CANCEL_PATIENCE_S = 10.0, 90.0
 
 
 class Submission(BaseModel):
@@ -28,8 +34,10 @@ class Submission(BaseModel):
     """The total that was asked for; the world size where the machine holds so many."""
     world_size: int
     slurm_conf: str | None = None
+    machine: str = ""
+    """What a local job runs on, whatever the host is called now; "" in older files."""
     process_started: float = 0.0
-    """Of a local job's controller, whose pid is the job id."""
+    """Of a local job's controller, with whose pid the job id begins."""
     command: str = ""
     journal_offset: int = 0
     """Bytes of the journal that were there before."""
@@ -38,42 +46,53 @@ class Submission(BaseModel):
     """The snapshot of the code that it runs: a folder of that name is under the run's code/."""
 
     @property
+    def pid(self) -> int:
+        """Of a local job's controller."""
+        return local.pid_of(self.job_id)
+
+    @property
     def where(self) -> str:
         """As "job 12 on testcluster"."""
-        name = f"process {self.job_id}" if self.executor == "local" else f"job {self.job_id}"
+        name = f"process {self.pid}" if self.executor == "local" else f"job {self.job_id}"
         return f"{name} on {self.host if self.executor == 'local' else self.cluster}"
 
 
 def look(submission: Submission) -> JobState:
-    """Where the job is now; phase "unknown" where that cannot be told from here."""
+    """Where the job is now; phase "unknown" if that cannot be told from here."""
     if submission.executor == "slurm":
         return Slurm(submission.slurm_conf).job(submission.job_id)
-    if submission.host != socket.gethostname():
-        return JobState("unknown", "UNKNOWN", f"it runs on {submission.host}; ask there")
-    return local.look(int(submission.job_id), submission.process_started)
+    same = submission.machine and submission.machine == this_machine()
+    if same or submission.host == socket.gethostname():
+        return local.look(submission.pid, submission.process_started)
+    return JobState("unknown", "UNKNOWN", f"it was started on {submission.host}, which is not here")
+
+
+def this_machine() -> str:
+    """Names the boot and the container (its PID namespace) that this process belongs to.
+
+    A pid says something only within them, and a host may be given another name.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    try:
+        return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def end(submission: Submission, patience_s: float, tell: Callable[[str], None]) -> JobState:
-    """Ends the job and waits until it has ended.
+    """Ends the job and waits until it has ended; returns its last known state.
 
     A running job's ranks get SIGTERM, on which they save at the next step, and `patience_s` for it before they
-    are killed. Raises UserError where the job cannot be reached from here.
+    are killed. A SLURM that does not say how the job stands is told to cancel it all the same; the state stays
+    "unknown" if it never says. Raises UserError if a local job cannot be reached from here.
     """
+    if submission.executor == "slurm":
+        return _end_in_slurm(submission, patience_s, tell)
     state = look(submission)
     if state.phase == "unknown":
         raise UserError(f"{submission.where}: {state.reason}")
-    if submission.executor == "slurm":
-        slurm = Slurm(submission.slurm_conf)
-        if state.phase == "running":
-            tell(f"told the ranks of {submission.where} to save")
-            slurm.tell_to_save(submission.job_id)
-            state = _wait(submission, patience_s)
-        if state.alive:
-            slurm.cancel(submission.job_id)
-            # SLURM itself kills after KillWait, by default 30 s.
-            state = _wait(submission, 90)
-    elif state.alive:
-        pid, started = int(submission.job_id), submission.process_started
+    if state.alive:
+        pid, started = submission.pid, submission.process_started
         tell(f"told the ranks of {submission.where} to save")
         local.tell_to_save(pid, started)
         state = _wait(submission, patience_s)
@@ -84,8 +103,35 @@ def end(submission: Submission, patience_s: float, tell: Callable[[str], None]) 
     return state
 
 
+def _end_in_slurm(
+    submission: Submission, patience_s: float, tell: Callable[[str], None]
+) -> JobState:
+    slurm, job_id = Slurm(submission.slurm_conf), submission.job_id
+    state = look(submission)
+    if state.phase in ("running", "unknown"):
+        try:
+            slurm.tell_to_save(job_id)
+            tell(f"told the ranks of {submission.where} to save")
+        except UserError as error:
+            tell(f"could not tell the ranks of {submission.where} to save: {error}")
+        state = _wait(submission, patience_s)
+    # SLURM itself kills after KillWait, by default 30 s.
+    deadline = time.monotonic() + _CANCEL_PATIENCE_S
+    said = ""
+    while state.phase != "ended" and time.monotonic() < deadline:
+        try:
+            slurm.cancel(job_id)
+        except UserError as error:
+            if said != str(error):
+                said = str(error)
+                tell(f"scancel failed: {said}; trying again")
+        state = _wait(submission, _CANCEL_EVERY_S)
+    return state
+
+
 def _wait(submission: Submission, seconds: float) -> JobState:
+    """Until the job is known to have ended; unknown is not ended."""
     deadline = time.monotonic() + seconds
-    while (state := look(submission)).alive and time.monotonic() < deadline:
-        time.sleep(0.5)
+    while (state := look(submission)).phase != "ended" and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     return state

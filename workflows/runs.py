@@ -49,6 +49,11 @@ def parser() -> Parser:
         "--gpus", type=positive, metavar="G", help="in total; default: as the last time"
     )
     resume.add_argument("--cluster", metavar="NAME", help="default: where it ran the last time")
+    resume.add_argument(
+        "--force",
+        action="store_true",
+        help="even if it is not known whether its last job has ended",
+    )
     resume.add_argument("--detach", action="store_true", help="submit and do not wait")
     add("sync", _sync, "brings to MLflow what it does not have yet")
     return parser
@@ -110,7 +115,10 @@ def _cancel(options: Any) -> int:
     if last is None or not (state.job.alive or state.status == "unknown"):
         raise UserError(f"{run.name} is {state.status}: there is nothing to cancel")
     note_cancelled(run, time.time())
-    queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    job = queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    if job.phase != "ended":
+        print(f"{run.name}: whether {last.where} has ended is not known: {job.reason or job.word}")
+        return 1
     state = run_state(run)
     print(aligned([(state.status, f"{run.name}: {state.reason or state.job.word}")]))
     return 0
@@ -126,7 +134,7 @@ def _resume(options: Any) -> int:
     save_s = measured_save_s(run.journal_file)
     if save_s is not None and place.config.executor == "slurm":
         facts.append(grace_fact(place, save_s, "measured"))
-    submit(run, place, placement, gpus)
+    submit(run, place, placement, gpus, force=options.force)
     print(aligned([("run", run.name), *facts, ("code", code_fact(run))]), flush=True)
     if options.detach:
         print(f"submitted; follow it: python workflows/runs.py logs {run.name} --follow")

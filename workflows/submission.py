@@ -17,6 +17,7 @@ from cvae.file_lock import Locked, file_lock
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from slurm import executors, queue, tries
+from slurm.client import JobState
 from slurm.cluster import Place, Placement
 from slurm.executors import Job
 from slurm.queue import Submission
@@ -81,9 +82,17 @@ def submit_new(
 
 
 def submit(
-    run: RunDirectory, place: Place, placement: Placement, gpus: int, part_of_sweep: bool = False
+    run: RunDirectory,
+    place: Place,
+    placement: Placement,
+    gpus: int,
+    part_of_sweep: bool = False,
+    force: bool = False,
 ) -> Submission:
-    """part_of_sweep: see job_of. Raises UserError where the run is queued, running or finished."""
+    """part_of_sweep: see job_of. force: even if nobody can say whether the last job still runs.
+
+    Raises UserError if the run is queued, running or finished, or if that is not known.
+    """
     with locked(run):
         state = run_state(run)
         if state.job.alive:
@@ -96,6 +105,9 @@ def submit(
             raise UserError(
                 f"{run.name} is finished; to repeat it: python workflows/launch.py {run.experiment_file}"
             )
+        # Of a trial, Ray knows that it has ended, on whatever host that was.
+        if state.job.phase == "unknown" and not (force or part_of_sweep):
+            raise UserError(unknown(run.name, submissions(run)[-1], state.job))
         offset = journal.read(run.journal_file)[1]
         code = Snapshot().write()
         code_snapshot.link(run.path, code)
@@ -113,6 +125,14 @@ def submit(
                 queue.end(submission, 0, lambda _: None)
                 raise
     return submission
+
+
+def unknown(name: str, last: Submission, job: JobState) -> str:
+    """Why a run or a sweep is not simply submitted once more."""
+    return (
+        f"{name}: whether {last.where} still runs is not known: {job.reason};"
+        " if it has certainly ended, --force goes on all the same"
+    )
 
 
 def code_fact(run: RunDirectory) -> str:

@@ -2,7 +2,7 @@
 
     python workflows/sweep.py SWEEP.yaml [--nodes N --gpus G] [--gpus-per-trial F] [--cluster NAME]
                               [--address HOST:PORT] [--name SWEEP] [--dry-run] [--detach] [key=value …]
-    python workflows/sweep.py --resume SWEEP     goes on with it, or watches it where it still runs
+    python workflows/sweep.py --resume SWEEP [--force]     goes on with it, or watches it where it still runs
     python workflows/sweep.py --cancel SWEEP
 
 Exit status: 0 all trials have ended, 1 the sweep (or every trial) failed, 2 bad input (nothing is written), 3
@@ -60,6 +60,11 @@ def parser() -> Parser:
     )
     parser.add_argument("--name", metavar="SWEEP", help="default: the file's name and the time")
     parser.add_argument("--resume", metavar="SWEEP", help="continue a sweep; `latest` is one, too")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --resume: even if it is not known whether the sweep's last job has ended",
+    )
     parser.add_argument("--cancel", metavar="SWEEP", help="end a sweep; its trials save first")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
     parser.add_argument("--detach", action="store_true", help="submit and do not wait")
@@ -109,12 +114,13 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
         raise UserError(
             f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
         )
+    from workflows.submission import unknown
     from workflows.sweeps import launching, view
 
     last = sweep.submissions()[-1] if sweep.submissions() else None
     job = queue.look(last) if last is not None else None
-    if last is not None and job is not None and job.phase == "unknown":
-        raise UserError(f"{last.where}: {job.reason}")
+    if last is not None and job is not None and job.phase == "unknown" and not options.force:
+        raise UserError(unknown(sweep.name, last, job))
     if last is not None and job is not None and job.alive:
         print(f"{sweep.name} is at work ({last.where})", flush=True)
         return view.follow(sweep)
@@ -143,13 +149,15 @@ def _cancel(sweep: SweepDirectory) -> int:
     if not sweep.submissions():
         raise UserError(f"{sweep.name} was never submitted")
     last = sweep.submissions()[-1]
-    job = queue.look(last)
-    if job.phase == "unknown":
-        raise UserError(f"{last.where}: {job.reason}")
-    if not job.alive:
+    if queue.look(last).phase == "ended":
         raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
     tries.mark_cancelled(sweep.logs, last.job_id)
-    queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    job = queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    if job.phase != "ended":
+        print(
+            f"{sweep.name}: whether {last.where} has ended is not known: {job.reason or job.word}"
+        )
+        return 1
     print(f"cancelled {sweep.name} at {time.strftime('%H:%M:%S')}")
     return 0
 

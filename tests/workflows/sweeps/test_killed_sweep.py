@@ -57,7 +57,7 @@ def _trials_so_far(name: str) -> list[Trial]:
 
 def _kill_everything(sweep: SweepDirectory) -> None:
     """The job, the driver, Ray; the trials' own processes are left to notice it."""
-    controller = psutil.Process(int(sweep.submissions()[-1].job_id))
+    controller = psutil.Process(sweep.submissions()[-1].pid)
     for process in [controller, *controller.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             command = " ".join(process.cmdline())
