@@ -39,6 +39,14 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]
     """step, best_val_loss and whatever else is plain data."""
 
+    def is_finite(self) -> bool:
+        """Returns whether no tensor holds an inf or a nan; reading it waits for the device."""
+        return all(
+            bool(value.isfinite().all())
+            for tensors in self.tensors.values()
+            for value in tensors.values()
+        )
+
 
 def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
     """Writes a snapshot and removes all but the newest `keep` and the best one.

@@ -1,5 +1,6 @@
 """Measures the training loop without making the device wait between two points of the curve."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -13,22 +14,33 @@ from cvae.training.ranks import Ranks
 from cvae.training.schedule import kl_weight, learning_rate
 
 T = TypeVar("T")
-_NEVER = torch.iinfo(torch.int64).max
+SKIPPED_AT_MOST = 50
+"""So many updates in a row may be skipped: halved so often, the loss scale has come from 2^16 to 2^-34, and a
+gradient that needs a smaller one is none to train with. At 2^-150 it would be 0, and the next update nan."""
 
 
 class Meter:
-    """Rate, share of time spent waiting for data, and the first step whose loss or gradient was not finite."""
+    """Rate, share of time spent waiting for data, and the first step after which training cannot go on."""
 
     def __init__(
-        self, model: Cvae, experiment: Experiment, ranks: Ranks, precision: str, total_steps: int
+        self,
+        model: Cvae,
+        experiment: Experiment,
+        ranks: Ranks,
+        precision: str,
+        total_steps: int,
+        skipped: int = 0,
     ):
-        """precision: as the engine has resolved it."""
+        """precision: as the engine has resolved it. skipped: as it was before a resume."""
         self.model, self.experiment, self.ranks = model, experiment, ranks
         self.total_steps = total_steps
         self.bad_step: int | None = None
-        self._noted: list[tuple[int, Tensor]] = []
+        """The step that was not finite, or the last of SKIPPED_AT_MOST whose updates were skipped."""
+        self.skipped = skipped
+        """The number of updates that were skipped in a row, up to the last reading."""
         # With loss scaling an overflow of the gradient is expected: the scaler skips that update by itself.
-        self._watched = slice(0, 3) if precision == "fp16" else slice(0, 4)
+        self._may_skip = precision == "fp16"
+        self._noted: list[tuple[int, Tensor]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -61,7 +73,10 @@ class Meter:
         )
 
     def read(self, step: int, sums: Tensor) -> dict[str, float]:
-        """This step's metrics over the whole global batch; sets bad_step. All ranks call it together."""
+        """Returns this step's metrics over the whole global batch; sets bad_step and skipped.
+
+        A step whose update was skipped has no grad_norm. All ranks call it together.
+        """
         self.bad_step = self._first_bad()
         recon_loss, kl, loss = self.ranks.sum(sums[:3].clone()).tolist()
         elapsed = time.perf_counter() - self._since
@@ -71,20 +86,27 @@ class Meter:
             "recon_loss": recon_loss,
             "kl": kl,
             "bits_per_dim": self.model.bits_per_dim(recon_loss + kl),
-            "grad_norm": float(sums[3]),
             "learning_rate": learning_rate(self.experiment.optimizer, step - 1, self.total_steps),
             "beta": kl_weight(self.experiment.model, step - 1),
             "images_per_second": self._steps * batch_size / elapsed,
             "data_wait_share": self._waited / elapsed,
         }
+        norm = float(sums[3])
+        if math.isfinite(norm):
+            metrics["grad_norm"] = norm
         self.restart()
         return metrics
 
     def _first_bad(self) -> int | None:
-        """The first step since the last reading that is not finite on some rank."""
+        """Returns the first new step after which training cannot go on; the same on all ranks."""
         noted, self._noted = self._noted, []
         # One look at all steps of the interval: one after each step would cost a small model some percent.
-        finite = torch.stack([sums[self._watched] for _, sums in noted]).isfinite().all(1)
-        steps = torch.tensor([step for step, _ in noted], device=finite.device)
-        first = int(self.ranks.min(torch.where(finite, _NEVER, steps).min()).item())
-        return None if first == _NEVER else first
+        finite = torch.stack([sums for _, sums in noted]).isfinite().int()
+        for (step, _), row in zip(noted, self.ranks.min(finite).tolist(), strict=True):
+            updated = bool(row[3])
+            if not all(row[:3]) or not (updated or self._may_skip):
+                return step
+            self.skipped = 0 if updated else self.skipped + 1
+            if self.skipped >= SKIPPED_AT_MOST:
+                return step
+        return None

@@ -21,7 +21,7 @@ from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, preflight
 from cvae.training.engine import build_engine
 from cvae.training.lock import exclusively
-from cvae.training.meter import Meter
+from cvae.training.meter import SKIPPED_AT_MOST, Meter
 from cvae.training.precision import before_cuda
 from cvae.training.provenance import facts
 from cvae.training.ranks import Ranks, connect
@@ -100,19 +100,20 @@ def _train(
     if saved is None and experiment.model.init_from is not None:
         load_published(model, experiment.model, experiment.model.init_from)
     engine = build_engine(model, experiment, ranks)
-    step = 0
+    step, skipped = 0, 0
     if saved is not None:
         engine.restore(saved)
         step = saved.state["step"]
         if saved.state["best_val_loss"] is not None:
             record.saver.best = saved.state["best_val_loss"]
+        skipped = saved.state.get("skipped_updates", 0)  # older checkpoints lack it
     record.start(step=step, engine=engine.name, **facts(data, ranks, engine.precision))
 
     total = experiment.total_steps(len(data.train_rows))
     batch_size, micro = experiment.training.global_batch_size, experiment.training.micro_batch_size
     order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
     share = ranks.share(batch_size)
-    meter = Meter(model, experiment, ranks, engine.precision, total)
+    meter = Meter(model, experiment, ranks, engine.precision, total, skipped)
 
     def draw() -> None:
         averaged = engine.eval_model
@@ -120,14 +121,19 @@ def _train(
             images = pictures.training_pictures(averaged, data, experiment, ranks.device)
             record.pictures(step, images)
 
-    def save(val_loss: float | None) -> None:
+    def save(val_loss: float | None) -> bool:
+        """Returns whether there was something to save: weights and Adam's state that are all finite."""
         record.saver.wait()  # only what has been written counts as the best so far
         best = record.saver.best
         is_best = val_loss is not None and val_loss < best
         best = val_loss if val_loss is not None and is_best else best
-        snapshot = engine.snapshot({"step": step, "best_val_loss": best})
-        if ranks.is_first:
+        state = {"step": step, "best_val_loss": best, "skipped_updates": meter.skipped}
+        snapshot = engine.snapshot(state)
+        # The last update is seen in no loss yet.
+        finite = ranks.tell(snapshot.is_finite() if ranks.is_first else True)
+        if ranks.is_first and finite:
             record.checkpoint(snapshot, experiment.checkpoint.keep, is_best)
+        return finite
 
     if step == 0:
         # The untrained model's pictures: the beginning of MLflow's slider.
@@ -156,18 +162,26 @@ def _train(
             if meter.bad_step is not None:
                 watchdog.rest()
                 record.saver.wait()
-                return Outcome("failed", meter.bad_step, _not_finite(run, meter.bad_step))
+                if meter.skipped >= SKIPPED_AT_MOST:
+                    reason = _overflows(run, meter)
+                else:
+                    what = f"the loss or its gradient is not finite at step {meter.bad_step}"
+                    reason = _not_finite(run, what)
+                return Outcome("failed", meter.bad_step, reason)
             if meter.is_due(step):
                 record.step_metrics(step, metrics)
         if saves or stops:
             watchdog.rest()
+        val_loss = None
         if evaluates:
             val = evaluate_elbo(engine.eval_model, data, data.val, experiment, ranks)
             record.epoch(step, step * batch_size / len(data.train_rows), val)
+            val_loss = val["loss"]
             draw()
-            save(val["loss"])
-        elif saves or stops:
-            save(None)
+        if (saves or stops) and not save(val_loss):
+            record.saver.wait()
+            what = f"weights or Adam's state are not finite after step {step}"
+            return Outcome("failed", step, _not_finite(run, what))
         if saves or stops:
             meter.restart()
         if stops and step < total:
@@ -206,10 +220,20 @@ def _crosses_epoch(step: int, total: int, experiment: Experiment, n_train: int) 
     return step == total or seen // per_evaluation > before // per_evaluation
 
 
-def _not_finite(run: RunDirectory, step: int) -> str:
-    saved = checkpoint.steps(run.checkpoints)
-    kept = f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
+def _not_finite(run: RunDirectory, what: str) -> str:
     return (
-        f"the loss or its gradient is not finite at step {step}; {kept};"
-        " try a lower optimizer.lr, optimizer.warmup_steps or optimizer.clip_norm"
+        f"{what}; {_kept(run)}; try a lower optimizer.lr, optimizer.warmup_steps or"
+        " optimizer.clip_norm"
     )
+
+
+def _overflows(run: RunDirectory, meter: Meter) -> str:
+    return (
+        f"the gradient overflows in fp16 at every loss scale: {meter.skipped} updates in a row were skipped up to"
+        f" step {meter.bad_step}; {_kept(run)}; try training.precision=fp32 (or bf16, on an A100 or later)"
+    )
+
+
+def _kept(run: RunDirectory) -> str:
+    saved = checkpoint.steps(run.checkpoints)
+    return f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"

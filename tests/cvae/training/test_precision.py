@@ -155,3 +155,24 @@ def test_a_gradient_that_is_not_finite_is_watched_but_for_fp16(
     meter.note(3, sums)
     meter.read(3, sums)
     assert meter.bad_step == bad
+
+
+def test_skipped_updates_are_counted_over_intervals() -> None:
+    experiment = Experiment.model_validate(tiny_experiment())
+    model = build_model(experiment.model, (1, 16, 16), 3, 0)
+    meter = Meter(model, experiment, Ranks(0, 1, CPU, None), "fp16", total_steps=999)
+    made, skipped = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, float("inf")])
+    step = 0
+    for count, last, bad in [
+        (30, skipped, None),
+        (18, made, None),
+        (40, skipped, None),
+        (9, skipped, 100),
+    ]:
+        for _ in range(count):
+            step += 1
+            meter.note(step, skipped)
+        step += 1
+        meter.note(step, last)
+        assert ("grad_norm" in meter.read(step, last)) == (last is made)
+        assert meter.bad_step == bad

@@ -10,7 +10,7 @@ import torch
 
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
-from cvae.training import checkpoint
+from cvae.training import checkpoint, precision
 from cvae.training import train as training
 from cvae.training.train import Outcome, train
 from tests import ranks
@@ -166,6 +166,45 @@ def test_the_last_good_checkpoint_survives_nan(
     monkeypatch.setenv("CVAE_HOME", str(run.path.parent.parent))
     assert train(run.path, mirrored=False) == Outcome("finished", 20, "")
     assert_same_curve(alone("undisturbed", plain), run)
+
+
+def test_an_update_that_spoils_the_weights_is_not_saved(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is due at the very step whose update no loss has shown yet."""
+    rate = training.learning_rate
+    monkeypatch.setattr(
+        training,
+        "learning_rate",
+        lambda o, step, n: float("nan") if step == 11 else rate(o, step, n),
+    )
+    run = ranks.new_run("spoilt", {**tiny_experiment(), "checkpoint": {"every_steps": 6}})
+    outcome = train(run.path, mirrored=False)
+    assert outcome.status == "failed"
+    assert "not finite after step 12; the last good checkpoint is step-00000010" in outcome.reason
+    assert ranks.lines(run, "checkpoint")[-1]["step"] == 10
+
+
+def test_fp16_that_overflows_at_every_scale_ends_the_run(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed it ends at the same step, although each stretch alone had skipped fewer updates."""
+    # A CPU can do fp16, slowly.
+    monkeypatch.setattr(precision, "resolve", lambda wanted, device: wanted)
+    plain = tiny_experiment(epochs=100, eval_every=100, log_every=7, precision="fp16")
+    plain["model"]["beta"] = 1e30
+    plain["checkpoint"] = {"every_steps": 20}
+    run = ranks.new_run("overflows", plain)
+    for _ in range(2):
+        outcome = train(run.path, mirrored=False)
+        assert (outcome.status, outcome.step) == ("failed", 50)
+        said = "50 updates in a row were skipped up to step 50; the last good checkpoint is step-00000040"
+        assert said in outcome.reason
+        assert [line["step"] for line in ranks.lines(run, "checkpoint")] == [20, 40]
+    metrics = [line["metrics"] for line in ranks.lines(run, "step")]
+    assert len(metrics) == 1 + 49 // 7
+    assert not any("train/grad_norm" in line for line in metrics)
+    assert all(np.isfinite(list(line.values())).all() for line in metrics)
 
 
 def test_a_second_trainer_is_refused(tiny_store: Path) -> None:
