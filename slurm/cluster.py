@@ -1,9 +1,10 @@
 """The cluster file: where a job runs. Nothing in it changes a result (rule 1 of the design)."""
 
 import os
+import re
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cvae import yaml_model
 from cvae.errors import UserError
@@ -12,7 +13,47 @@ from cvae.yaml_model import Strict
 from slurm.client import NodeSize, Slurm
 
 CLUSTERS = PROJECT_ROOT / "configs" / "clusters"
-Positive = Annotated[int, Field(gt=0)]
+
+
+def _one_line(text: str) -> str:
+    """A value that reaches sbatch in a line of its own, and is no option of it."""
+    _no_controls(text)
+    if not text.strip():
+        raise ValueError("should not be empty; leave the key out, or write null")
+    if text.startswith("-"):
+        raise ValueError("should not begin with a dash")
+    return text
+
+
+def _word(text: str) -> str:
+    if any(letter.isspace() for letter in _one_line(text)):
+        raise ValueError("should be one word, without spaces")
+    return text
+
+
+def _no_controls(text: str, but: str = "") -> str:
+    odd = next((x for x in text if (not x.isprintable() and x != " ") and x not in but), None)
+    if odd is not None:
+        raise ValueError(f"should not hold the character {odd!r}")
+    return text
+
+
+def _variable(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
+        raise ValueError("should be a variable's name: letters, digits and _, no digit first")
+    return name
+
+
+# Numbers as far as SLURM counts: 16 bits for CPUs, for the signal's seconds and, by default, for nodes.
+_MOST_16 = 65_533
+Positive = Annotated[int, Field(gt=0, le=10**7)]
+Small = Annotated[int, Field(gt=0, le=_MOST_16)]
+Word = Annotated[str, AfterValidator(_word)]
+Line = Annotated[str, AfterValidator(_one_line)]
+# A block of several shell lines is as harmless as several entries.
+ShellLines = Annotated[str, AfterValidator(lambda text: _no_controls(text, but="\n\t"))]
+Variable = Annotated[str, AfterValidator(_variable)]
+Value = Annotated[str, AfterValidator(lambda text: _no_controls(text, but="\t"))]
 _LOCAL_KEYS = {"executor", "gpus_per_node", "env", "max_restarts", "watchdog_s"}
 
 
@@ -34,28 +75,31 @@ class ClusterConfig(Strict):
     executor: Literal["slurm", "local"] = Field(
         description="slurm: through sbatch; local: processes of this machine"
     )
-    slurm_conf: str | None = Field(
+    slurm_conf: Line | None = Field(
         None, description="slurm.conf of this cluster, where SLURM's commands do not know it"
     )
-    partition: str | None = Field(None, description="null: the cluster's default partition")
-    account: str | None = Field(None, description="who pays, where the site asks")
-    qos: str | None = Field(None, description="quality of service, where the site asks")
-    constraint: str | None = Field(None, description="node features, as v100&32gb")
-    nodes: Positive | None = Field(None, description="most nodes of a job; null: ask sinfo")
-    gpus_per_node: Positive | None = Field(
+    partition: Word | None = Field(None, description="null: the cluster's default partition")
+    account: Word | None = Field(None, description="who pays, where the site asks")
+    qos: Word | None = Field(None, description="quality of service, where the site asks")
+    constraint: Word | None = Field(None, description="node features, as v100&32gb")
+    nodes: Small | None = Field(None, description="most nodes of a job; null: ask sinfo")
+    gpus_per_node: Small | None = Field(
         None, description="most GPUs of a node; null: ask sinfo (local: as many as there are)"
     )
-    gpu_type: str | None = Field(None, description="type in SLURM's GRES, as v100")
-    cpus_per_gpu: Positive | None = Field(
+    gpu_type: Word | None = Field(None, description="type in SLURM's GRES, as v100")
+    cpus_per_gpu: Small | None = Field(
         None, description="cores per rank; null: the GPU's share of its node's cores"
     )
     mem_per_gpu_gb: Positive | None = Field(None, description="null: the partition's default")
     time_limit_min: Positive | None = Field(None, description="null: the partition's own limit")
-    grace_s: Positive = Field(
+    grace_s: Small = Field(
         120, description="seconds before the time limit at which the ranks are told to save"
     )
     max_restarts: int = Field(
-        3, ge=0, description="how often a run that crashed is tried again without a new checkpoint"
+        3,
+        ge=0,
+        le=10**6,
+        description="how often a run that crashed is tried again without a new checkpoint",
     )
     watchdog_s: Positive = Field(
         45,
@@ -70,11 +114,11 @@ class ClusterConfig(Strict):
     )
     inside_gbyte_s: float = Field(50, gt=0, description="of the links inside a node, GB/s one way")
     between_gbit_s: float = Field(100, gt=0, description="of a node's link to others, Gb/s one way")
-    setup: list[str] = Field(
+    setup: list[ShellLines] = Field(
         [],
         description="shell lines before srun, as `module load cuda/12.6`; a line that fails ends the job",
     )
-    env: dict[str, str] = Field(
+    env: dict[Variable, Value] = Field(
         {}, description="environment variables of the ranks, which setup does not override"
     )
 
@@ -89,6 +133,8 @@ class ClusterConfig(Strict):
                 f"grace_s = {self.grace_s} must be at least a minute shorter than"
                 f" time_limit_min = {self.time_limit_min}"
             )
+        if re.search(r"[:,()=]", self.gpu_type or ""):
+            raise ValueError(f"gpu_type = {self.gpu_type!r} should be the type alone, as v100")
         return self
 
     def slurm(self) -> Slurm:

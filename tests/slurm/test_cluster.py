@@ -42,6 +42,38 @@ def test_an_unknown_cluster_is_answered_with_those_there_are() -> None:
             "grace_s = 60 must be at least a minute shorter",
         ),
         ("nodes: 2", "executor: missing"),
+        (
+            "executor: slurm\nconstraint: --wrap=x",
+            ":2: constraint = '--wrap=x': should not begin with a dash",
+        ),
+        (
+            "executor: slurm\nslurm_conf: --wrap=x",
+            ":2: slurm_conf = '--wrap=x': should not begin with a dash",
+        ),
+        ("executor: slurm\npartition: 'a b'", "partition = 'a b': should be one word"),
+        ('executor: slurm\npartition: "a\\n#SBATCH --x"', "should not hold the character '\\n'"),
+        ("executor: slurm\nqos: ''", "qos = '': should not be empty"),
+        ("executor: slurm\naccount: '  '", "should not be empty"),
+        (
+            'executor: slurm\naccount: "a\\x7Fb"',
+            "the character U+007F is not allowed",
+        ),
+        ('executor: slurm\naccount: "a\\u2028b"', "the character U+2028 is not allowed"),
+        ("executor: slurm\ngpu_type: v100:4", "gpu_type = 'v100:4' should be the type alone"),
+        (
+            "executor: slurm\nenv: {A=B: x}",
+            ":2: env.A=B.[key] = 'A=B': should be a variable's name",
+        ),
+        ("executor: slurm\nenv:\n  1A: x", ":3: env.1A.[key] = '1A': should be a variable's name"),
+        (
+            'executor: local\nenv: {A: "x\\0"}',
+            "the character U+0000 is not allowed",
+        ),
+        ('executor: local\nenv: {A: "x\\ny"}', "should not hold the character '\\n'"),
+        ('executor: slurm\nsetup: ["module load x\\r"]', "should not hold the character '\\r'"),
+        ("executor: slurm\ngrace_s: 65600\n", "grace_s = 65600"),
+        ("executor: slurm\nnodes: 1000000", "nodes = 1000000"),
+        ("executor: slurm\ntime_limit_min: 99999999999", "time_limit_min = 99999999999"),
     ],
 )
 def test_mistakes_in_a_cluster_file(tmp_path: Path, text: str, message: str) -> None:
@@ -51,6 +83,19 @@ def test_mistakes_in_a_cluster_file(tmp_path: Path, text: str, message: str) -> 
         yaml_model.load(file, ClusterConfig)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_what_real_sites_write_is_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(
+        "executor: slurm\npartition: gpu,gpu-long\nconstraint: '[rack1*2&rack2*4]'\nqos: normal+x\n"
+        "slurm_conf: ~/my site/slurm.conf\nsetup:\n- |\n  module purge\n  module load cuda\n"
+        "env: {EMPTY: '', QUOTED: a \"b\" $c}\n"
+    )
+    config = yaml_model.load(file, ClusterConfig)
+    assert config.setup == ["module purge\nmodule load cuda\n"]
+    script = executors.sbatch_script(Job("r", tmp_path, "m:f", (), {}), config, Placement(1, 1))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize(
