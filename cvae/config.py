@@ -3,21 +3,51 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cvae import yaml_model
 from cvae.errors import UserError
 from cvae.yaml_model import FromList, Number, Strict
 
-Positive = Annotated[int, Field(gt=0)]
+# Limits leave room for what nobody has built yet; beyond them sizes overflow, or memory is asked for in petabytes.
+LONGEST_NAME = 200
+Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Size = Annotated[int, Field(gt=0, le=2**20)]
+Channels = Annotated[int, Field(gt=0, le=2**16)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def _file_name(text: str) -> str:
+    """With what is put before and behind a name, a file's name has to stay below 255 bytes."""
+    if not text or "/" in text or text[0] in ".- " or not text.isprintable():
+        raise ValueError("should be a plain name, without '/' and not begun by '.' or '-'")
+    return _short(text)
+
+
+def _encoder_name(text: str) -> str:
+    if not text.strip("/") or text[0] in "- " or not text.isprintable():
+        raise ValueError("should be the name of an encoder, as minilm, or of its folder")
+    return _short(text)
+
+
+def _short(text: str) -> str:
+    if len(text.encode()) > LONGEST_NAME:
+        raise ValueError(f"should be no longer than {LONGEST_NAME} bytes")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_NAME)]
 
 
 class Data(Strict):
-    name: str = Field(description="prepared data set: fashion_mnist, scenes, …")
-    image_size: Positive = Field(description="pixels; height and width of the prepared images")
-    train: str = Field("train", description="split that is trained on")
-    val: str = Field("val", description="split that is evaluated on")
-    text_encoder: str | None = Field(
+    name: FileName = Field(description="prepared data set: fashion_mnist, scenes, …")
+    image_size: Positive = Field(
+        le=8192, description="pixels; height and width of the prepared images"
+    )
+    train: FileName = Field("train", description="split that is trained on")
+    val: FileName = Field("val", description="split that is evaluated on")
+    text_encoder: Annotated[str, AfterValidator(_encoder_name)] | None = Field(
         None, description="frozen encoder whose prepared embeddings are read: minilm, …"
     )
     fraction: float = Field(
@@ -30,33 +60,35 @@ class Data(Strict):
 
 
 class Mlp(Strict):
-    hidden_dim: Positive = 400
+    hidden_dim: Size = 400
 
 
 class Conv(Strict):
-    width: Positive = Field(
+    width: Channels = Field(
         64, description="channels of the first of four stages; each doubles them"
     )
 
 
 class Resnet(Strict):
-    width: Positive = Field(
+    width: Channels = Field(
         64, description="channels of the first of four stages; each doubles them"
     )
-    blocks: Positive = Field(2, description="residual blocks in each stage")
+    blocks: Positive = Field(2, le=64, description="residual blocks in each stage")
 
 
 class Ldm(Strict):
     """Stable Diffusion's autoencoder, in the words of diffusers; the defaults are its size (84 M)."""
 
-    block_out_channels: Annotated[tuple[Positive, ...], FromList, Field(min_length=1)] = (
+    block_out_channels: Annotated[
+        tuple[Channels, ...], FromList, Field(min_length=1, max_length=8)
+    ] = (
         128,
         256,
         512,
         512,
     )
-    layers_per_block: Positive = 2
-    norm_num_groups: Positive = 32
+    layers_per_block: Positive = Field(2, le=64)
+    norm_num_groups: Channels = 32
     gradient_checkpointing: bool = Field(
         False, description="less memory for a third more time: activations are computed twice"
     )
@@ -80,7 +112,7 @@ class Model(Strict):
     latent: Literal["vector", "spatial"] | None = Field(
         None, description="null: spatial for ldm, vector for the others"
     )
-    latent_dim: Positive = Field(description="length of z; for a spatial latent its channels")
+    latent_dim: Size = Field(description="length of z; for a spatial latent its channels")
     prior: Literal["standard", "text"] = Field(
         "standard", description="standard: N(0, I); text: a learned p(z|c) (Sohn et al. 2015)"
     )
@@ -89,7 +121,7 @@ class Model(Strict):
         " optimal_gaussian: its variance is the mean squared error (σ-VAE, Rybkin et al. 2021)"
     )
     beta: float = Field(1.0, ge=0, description="weight of the KL term (Higgins et al. 2017)")
-    beta_warmup_steps: int = Field(0, ge=0, description="steps over which beta grows from 0")
+    beta_warmup_steps: Count = Field(0, description="steps over which beta grows from 0")
     free_bits: float = Field(
         0.0,
         ge=0,
@@ -98,6 +130,8 @@ class Model(Strict):
     )
     init_from: str | None = Field(
         None,
+        min_length=1,
+        max_length=1000,
         description="published AutoencoderKL whose weights ldm starts from: a folder or a hub name",
     )
     mlp: Mlp = Mlp()
@@ -152,7 +186,7 @@ class Optimizer(Strict):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after warm-up; the last two end at 0"
     )
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Count = 0
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
 
     @model_validator(mode="after")
@@ -171,10 +205,12 @@ class DeepSpeed(Strict):
 
 
 class Training(Strict):
-    epochs: float = Field(gt=0, description="passes over the training split; may be fractional")
+    epochs: float = Field(
+        gt=0, le=1e6, description="passes over the training split; may be fractional"
+    )
     max_steps: Positive | None = Field(None, description="stop here if the epochs last longer")
-    global_batch_size: Positive = Field(description="images per optimizer step, over all ranks")
-    micro_batch_size: Positive | None = Field(
+    global_batch_size: Size = Field(description="images per optimizer step, over all ranks")
+    micro_batch_size: Size | None = Field(
         None, description="most images a rank takes at once; beyond it gradients accumulate"
     )
     engine: Literal["ddp", "deepspeed"] = Field(
@@ -210,7 +246,7 @@ class Checkpoint(Strict):
 
 
 class Experiment(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="MLflow's experiment")
+    name: Name = Field(description="MLflow's experiment")
     seed: int = Field(0, ge=0, lt=2**63)
     data: Data
     model: Model

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cvae import paths, yaml_model
-from cvae.config import Experiment, load_experiment
-from cvae.errors import UserError, did_you_mean
+from cvae.config import LONGEST_NAME, Experiment, load_experiment
+from cvae.errors import UserError, cut, did_you_mean
 
 LATEST = "latest"
 _LONGEST_NAME = 90
@@ -69,11 +69,11 @@ class RunDirectory:
             return max(runs.values(), key=lambda run: run.created)
         if name in runs:
             return runs[name]
-        run = cls(Path(name).resolve())
-        if run.experiment_file.is_file():
-            return run
+        run = cls(Path(os.path.abspath(name)))
+        if os.path.isfile(run.experiment_file):
+            return cls(run.path.resolve())
         near = did_you_mean(name, runs) or "; `runs.py list` shows the runs there are"
-        raise UserError(f"{name}: no such run in {paths.runs_dir()}{near}")
+        raise UserError(f"{cut(name, 100)}: no such run in {paths.runs_dir()}{near}")
 
     @property
     def created(self) -> float:
@@ -107,7 +107,7 @@ def find_sweep(name: str) -> Path:
         return max(made.values(), key=lambda file: file.stat().st_mtime).parent
     if name not in made:
         near = did_you_mean(name, made)
-        raise UserError(f"{name}: no such sweep in {paths.sweeps_dir()}{near}")
+        raise UserError(f"{cut(name, 100)}: no such sweep in {paths.sweeps_dir()}{near}")
     return made[name].parent
 
 
@@ -115,9 +115,11 @@ def check_new_name(name: str | None) -> None:
     """Raises UserError where a new run cannot have that name."""
     if name is None:
         return
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == LATEST:
+    whole = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
+    if not whole or len(name) > LONGEST_NAME or name == LATEST:
         raise UserError(
-            f"--name {name}: a run's name is letters, digits, '_', '.', '-', and not {LATEST!r}"
+            f"--name {cut(name, 100)}: a run's name is letters, digits, '_', '.', '-', at most"
+            f" {LONGEST_NAME} of them, and not {LATEST!r}"
         )
     if (paths.runs_dir() / name).exists():
         raise UserError(_taken(paths.runs_dir() / name))

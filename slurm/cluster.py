@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Field, model_validator
 
 from cvae import yaml_model
-from cvae.errors import UserError
+from cvae.errors import UserError, cut
 from cvae.paths import PROJECT_ROOT
 from cvae.yaml_model import Strict
 from slurm.client import NodeSize, Slurm
@@ -164,9 +164,11 @@ def choose(name: str | None) -> Place:
 
 def load(name: str) -> ClusterConfig:
     path = CLUSTERS / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         there = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
-        raise UserError(f"--cluster {name}: no such cluster in {CLUSTERS}; there are {there}")
+        raise UserError(
+            f"--cluster {cut(name, 100)}: no such cluster in {CLUSTERS}; there are {there}"
+        )
     return yaml_model.load(path, ClusterConfig)
 
 

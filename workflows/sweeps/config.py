@@ -10,22 +10,28 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from cvae import yaml_model
-from cvae.config import Experiment, load_experiment
+from cvae.config import Experiment, Name, Positive, load_experiment
 from cvae.errors import UserError
 from cvae.yaml_model import FromList, Strict
 
-Positive = Annotated[int, Field(gt=0)]
 Range = Annotated[tuple[int | float, int | float] | None, FromList]
 # Others would change the weights' shapes, or the batches, under a trial that is half trained.
 MUTABLE = ("optimizer.lr", "optimizer.weight_decay", "model.beta", "model.free_bits")
 _MOST_CHECKED = 5_000
+# Each is a run of its own, which a driver starts, watches and writes down.
+_MOST_TRIALS = 10_000
+_MOST_VALUES = 1_000
 
 
 class Space(Strict):
     """What one key may be: exactly one of these."""
 
-    grid: list[Any] | None = Field(None, min_length=1, description="each of these values")
-    choice: list[Any] | None = Field(None, min_length=1, description="one of these, at random")
+    grid: list[Any] | None = Field(
+        None, min_length=1, max_length=_MOST_VALUES, description="each of these values"
+    )
+    choice: list[Any] | None = Field(
+        None, min_length=1, max_length=_MOST_VALUES, description="one of these, at random"
+    )
     uniform: Range = Field(None, description="between two numbers, both included")
     loguniform: Range = Field(None, description="the same, even in the logarithm")
     seeds: Positive | None = Field(
@@ -61,7 +67,7 @@ class Search(Strict):
         "grid", description="grid: every combination; optuna: its model-based sampler (TPE)"
     )
     samples: Positive = Field(1, description="draws; each is combined with every grid value")
-    seed: int = Field(0, ge=0, description="of the draws")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the draws")
 
 
 class Scheduler(Strict):
@@ -71,7 +77,7 @@ class Scheduler(Strict):
         " weights of what leads, with changed keys (Jaderberg et al. 2017)",
     )
     grace_epochs: Positive = Field(1, description="asha: epochs that every trial gets")
-    reduction_factor: Annotated[int, Field(gt=1)] = Field(
+    reduction_factor: Annotated[Positive, Field(gt=1)] = Field(
         4, description="asha: one in so many goes on"
     )
     every_epochs: Positive = Field(1, description="pbt: epochs between two changes")
@@ -81,8 +87,10 @@ class Scheduler(Strict):
 
 
 class Sweep(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    experiment: str = Field(description="experiment file, from the project's root")
+    name: Name
+    experiment: str = Field(
+        min_length=1, max_length=1000, description="experiment file, from the project's root"
+    )
     values: dict[str, Any] = Field({}, description="keys of the experiment that are set for all")
     space: dict[str, Space] = Field(min_length=1, description="keys that differ between trials")
     metric: Literal["val/loss", "val/recon_loss", "val/kl", "val/bits_per_dim", "val/text_gain"] = (
@@ -92,7 +100,7 @@ class Sweep(Strict):
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
     concurrency: Positive | None = Field(None, description="most trials at once; null: all slots")
-    hours: float | None = Field(None, gt=0, description="budget; what runs then is stopped")
+    hours: float | None = Field(None, gt=0, le=1e6, description="budget; what runs then is stopped")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Sweep":
@@ -114,6 +122,8 @@ class Sweep(Strict):
             raise ValueError(
                 f"space.{listed[0]}: optuna draws, it has no {kinds[listed[0]]}; use choice"
             )
+        if self.n_trials > _MOST_TRIALS:
+            raise ValueError(f"{self.n_trials:,} trials; a sweep has at most {_MOST_TRIALS:,}")
         for key in self.scheduler.mutate:
             if key not in drawn:
                 raise ValueError(f"scheduler.mutate: {key} must be drawn in the space")
