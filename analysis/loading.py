@@ -1,7 +1,6 @@
 """Runs and their curves as DataFrames, from run folders and from MLflow."""
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,13 +12,25 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, TypeAdapter
 
 from analysis import journals, tracking
-from cvae import paths
+from cvae import json_file, paths
 from cvae.data.building import progress_bar
 from cvae.errors import UserError, did_you_mean
+from cvae.paths import printable
 from cvae.run_directory import RunDirectory, all_runs, find_sweep
 
+
+class _Trial(BaseModel):
+    """What of a sweep's trials.json is of use here."""
+
+    index: int
+    run: str
+    status: str
+
+
+_TRIALS = TypeAdapter(list[_Trial])
 Source = Literal["auto", "folders", "mlflow"]
 METRICS = ("val/", "eval/", "eval_")
 """How the names of all metrics of an evaluation begin."""
@@ -63,7 +74,7 @@ def runs(
     rows = {}
     with progress_bar(len(folders), "run", "runs", delay=2) as bar:
         for run in folders:
-            rows[run.name] = journals.facts(run)
+            rows[printable(run.name)] = journals.facts(run)
             bar.update()
     if experiment is not None:
         rows = {name: row for name, row in rows.items() if row.get("experiment") == experiment}
@@ -75,15 +86,15 @@ def runs(
         raise UserError(_nothing(experiment, sweep, wanted))
     for name, trial in trials.items():
         if name in rows:
-            rows[name] |= {"sweep": sweep, "trial": trial["index"]}
-            if trial["status"] == "stopped early":
+            rows[name] |= {"sweep": sweep, "trial": trial.index}
+            if trial.status == "stopped early":
                 rows[name] |= {"status": "stopped", "reason": "stopped early by the sweep"}
     for name in wanted:
         if Path(name).name in rows or name == "latest":
             continue
         if name not in trials:
             raise UserError(_nothing(None, None, [name]))
-        told = {"sweep": sweep, "trial": trials[name]["index"]}
+        told = {"sweep": sweep, "trial": trials[name].index}
         rows[name] = {"status": "unfinished", "reason": "it has not begun", **told}
     for row in rows.values():
         row["nan_metrics"] = ", ".join(name for name in row if _is_nan(name, row[name])) or None
@@ -148,9 +159,10 @@ def _chosen(table: pa.Table, metrics: Sequence[str] | None) -> pa.Table:
 def _points(folder: Path) -> pa.Table:
     """The points of a run's journal, from the cache where that is of the same journal."""
     journal = folder / "journal.jsonl"
-    if not journal.exists():
+    try:
+        status = journal.stat()
+    except OSError:
         return journals.SCHEMA.empty_table()
-    status = journal.stat()
     stamp = f"{_FORMAT} {journal} {status.st_size} {status.st_mtime_ns}".encode()
     file = (
         paths.home() / _CACHE / f"{hashlib.sha256(str(journal).encode()).hexdigest()[:24]}.parquet"
@@ -185,14 +197,14 @@ def _folders(wanted: Sequence[str], experiment: str | None) -> list[RunDirectory
     return found
 
 
-def _trials(sweep: str) -> dict[str, dict[str, Any]]:
+def _trials(sweep: str) -> dict[str, _Trial]:
     """The trials of a sweep by the name of their (newest) run."""
     folder = find_sweep(sweep)
     file = folder / "trials.json"
-    trials = json.loads(file.read_text()) if file.exists() else []
+    trials = json_file.load(file, _TRIALS)
     if not trials:
         raise UserError(f"{folder.name}: none of its trials has begun")
-    return {trial["run"]: trial for trial in trials}
+    return {trial.run: trial for trial in trials}
 
 
 def _from_mlflow(

@@ -184,7 +184,7 @@ def _facts(run: RunDirectory, trained: Trained) -> Exported:
             commit=last.get("commit"),
             uncommitted_changes=last.get("uncommitted_changes"),
             packages=last.get("packages", {}),
-            commands=[_without_places(line["command"]) for line in run.submissions()],
+            commands=[_without_places(str(line.get("command", ""))) for line in run.submissions()],
             world_size=last.get("world_size"),
             hosts=len(set(last["hosts"])) if "hosts" in last else None,
             device=last.get("device"),

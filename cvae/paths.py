@@ -32,6 +32,12 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
+def printable(name: str) -> str:
+    """Returns a file's name as text that can be written anywhere: other bytes than UTF-8 and controls as \\xff."""
+    text = os.fsencode(name).decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes the whole file or leaves what was there: temporary name, fsync, rename.
 

@@ -1,20 +1,23 @@
 """A run's folder: the truth about it, from the resolved experiment to the last checkpoint."""
 
 import errno
-import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cvae import paths, yaml_model
+from pydantic import TypeAdapter
+
+from cvae import json_file, paths, yaml_model
 from cvae.config import LONGEST_NAME, Experiment, load_experiment
 from cvae.errors import UserError, cut, did_you_mean
 
 LATEST = "latest"
+_SUBMISSIONS = TypeAdapter(list[dict[str, Any]])
 _LONGEST_NAME = 90
 
 
@@ -77,24 +80,41 @@ class RunDirectory:
 
     @property
     def created(self) -> float:
-        """Unix seconds; the experiment's file is written once, when the run is made."""
-        return self.experiment_file.stat().st_mtime
+        """Unix seconds; the experiment's file is written once, when the run is made. 0 if it cannot be seen."""
+        try:
+            return self.experiment_file.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def experiment(self) -> Experiment:
         return load_experiment(self.experiment_file)
 
     def submissions(self) -> list[dict[str, Any]]:
-        """Every time the run was handed to SLURM or to this machine, oldest first."""
-        if not self.launch_file.exists():
-            return []
-        submissions: list[dict[str, Any]] = json.loads(self.launch_file.read_text())
-        return submissions
+        """Returns every time the run was handed to SLURM or to this machine, oldest first.
+
+        Raises UserError if launch.json is damaged.
+        """
+        return json_file.load(self.launch_file, _SUBMISSIONS) or []
 
 
 def all_runs() -> list[RunDirectory]:
-    """Every run under home(), newest first."""
-    runs = [RunDirectory(file.parent) for file in paths.runs_dir().glob("[!.]*/experiment.yaml")]
-    return sorted(runs, key=lambda run: run.created, reverse=True)
+    """Every run under home(), newest first; also those that cannot be looked into, last."""
+    try:
+        folders = sorted(paths.runs_dir().iterdir())
+    except OSError:
+        return []
+    runs = [RunDirectory(folder) for folder in folders if not folder.name.startswith(".")]
+    return sorted(filter(_is_run, runs), key=lambda run: run.created, reverse=True)
+
+
+def _is_run(run: RunDirectory) -> bool:
+    try:
+        return stat.S_ISREG(run.experiment_file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        # A link to nowhere was a run, or its experiment.
+        return run.experiment_file.is_symlink() or not run.path.exists()
+    except OSError:
+        return True
 
 
 def find_sweep(name: str) -> Path:

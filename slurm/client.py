@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -115,26 +116,37 @@ class Slurm:
 
     def job(self, job_id: str) -> JobState:
         """Asks the queue and, for a job that it has forgotten, the accounting."""
+        return self.jobs([job_id])[job_id]
+
+    def jobs(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """Returns the state of every job: one question to the queue, and one to the accounting if need be."""
+        wanted = ",".join(job_ids)
+        forgotten = JobState(
+            "ended", "FORGOTTEN", "neither the queue nor the accounting knows the job"
+        )
+        found: dict[str, JobState] = {}
         try:
-            text = self._run(
-                "squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r|%S|%N"
-            )
+            columns = "--format=%i|%T|%r|%S|%N"
+            text = self._run("squeue", "--noheader", "--states=all", f"--jobs={wanted}", columns)
         except UserError as error:
             if "Invalid job id" not in str(error):
-                return JobState("unknown", "UNKNOWN", str(error))
+                return dict.fromkeys(job_ids, JobState("unknown", "UNKNOWN", str(error)))
+            if len(job_ids) > 1:
+                # Some SLURMs refuse the whole list for one job that they have forgotten.
+                return {job_id: self.job(job_id) for job_id in job_ids}
             text = ""
-        if text.strip():
-            word, reason, start, hosts = text.splitlines()[0].split("|")
-            return _state(word, reason if word in _PENDING else hosts, start)
+        for line in reversed(text.splitlines()):
+            job_id, word, reason, start, hosts = line.split("|")
+            found[job_id] = _state(word, reason if word in _PENDING else hosts, start)
+        missing = [job_id for job_id in job_ids if job_id not in found]
         with suppress(UserError):
-            columns = "--format=State,NodeList,Start"
-            text = self._run(
-                "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", columns
-            )
-            if text.strip():
-                word, hosts, start = text.splitlines()[-1].split("|")
-                return _state(word.split()[0], hosts, start)
-        return JobState("ended", "FORGOTTEN", "neither the queue nor the accounting knows the job")
+            columns = "--format=JobID,State,NodeList,Start"
+            asked = ["--noheader", "--parsable2", "--allocations", columns]
+            text = self._run("sacct", *asked, f"--jobs={','.join(missing)}") if missing else ""
+            for line in text.splitlines():
+                job_id, word, hosts, start = line.split("|")
+                found[job_id] = _state(word.split()[0], hosts, start)
+        return {job_id: found.get(job_id, forgotten) for job_id in job_ids}
 
     def details(self, job_id: str) -> dict[str, str]:
         """What `scontrol show job` says, as JobState, Restarts, PreemptTime. Raises UserError."""

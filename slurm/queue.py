@@ -3,11 +3,11 @@
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cvae.errors import UserError
 from slurm import local
@@ -26,7 +26,7 @@ class Submission(BaseModel):
     time: float
     cluster: str
     executor: Literal["slurm", "local"]
-    job_id: str
+    job_id: str = Field(pattern=r"^[0-9]+(-\w+)?$")
     host: str
     """Where it was submitted from; for a local job also where it runs."""
     nodes: int
@@ -39,7 +39,7 @@ class Submission(BaseModel):
     process_started: float = 0.0
     """Of a local job's controller, with whose pid the job id begins."""
     command: str = ""
-    journal_offset: int = 0
+    journal_offset: int = Field(0, ge=0)
     """Bytes of the journal that were there before."""
     cancelled: float | None = None
     code: str | None = None
@@ -77,6 +77,20 @@ def this_machine() -> str:
         return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def look_at_all(submissions: Sequence[Submission]) -> list[JobState]:
+    """Returns the same for many, and asks each SLURM once."""
+    states: dict[tuple[str | None, str], JobState] = {}
+    for conf in {one.slurm_conf for one in submissions if one.executor == "slurm"}:
+        ids = [
+            one.job_id for one in submissions if one.executor == "slurm" and one.slurm_conf == conf
+        ]
+        states |= {(conf, id): state for id, state in Slurm(conf).jobs(ids).items()}
+    return [
+        states[one.slurm_conf, one.job_id] if one.executor == "slurm" else look(one)
+        for one in submissions
+    ]
 
 
 def end(submission: Submission, patience_s: float, tell: Callable[[str], None]) -> JobState:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import TypeAdapter
+
 from cvae.paths import write_atomically
 from slurm import files
 from slurm.evidence import first_failure, slurms_word
@@ -105,10 +107,14 @@ class Ending(NamedTuple):
     node: str = ""
 
 
+_TRIES = TypeAdapter(list[Try])
+_RESULT = TypeAdapter(dict[str, Any])
+
+
 def read(folder: Path, job_id: str) -> list[Try]:
-    """Oldest first; empty where the job has not begun, or is not looked after."""
-    with suppress(OSError, ValueError, TypeError):
-        return [Try(**entry) for entry in json.loads(files.tries_file(folder, job_id).read_text())]
+    """Oldest first; empty if the job has not begun or is not looked after, or if the file is damaged."""
+    with suppress(OSError, ValueError):  # pydantic's complaint is a ValueError
+        return _TRIES.validate_json(files.tries_file(folder, job_id).read_bytes())
     return []
 
 
@@ -312,6 +318,5 @@ def is_cancelled(folder: Path, job_id: str) -> bool:
 
 def _result(folder: Path, job_id: str) -> dict[str, Any] | None:
     with suppress(OSError, ValueError):
-        result: dict[str, Any] = json.loads(files.result_file(folder, job_id).read_text())
-        return result
+        return _RESULT.validate_json(files.result_file(folder, job_id).read_bytes())
     return None

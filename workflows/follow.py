@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from cvae import paths
+from cvae.errors import UserError
 from cvae.redaction import without_password
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
@@ -23,7 +24,7 @@ from workflows.run_state import (
     submissions,
     total_steps,
 )
-from workflows.text import Fact, aligned, clock, count, duration, shown
+from workflows.text import Fact, aligned, clock, count, duration, printable, shown
 
 FINISHED, FAILED, BAD_INPUT, STOPPED, DETACHED = 0, 1, 2, 3, 130
 _JOURNAL_POLL_S = 0.3
@@ -122,7 +123,8 @@ class _Follower:
             self.display.status("stopped; waiting for the job to end")
             return
         if state.status == "starting":
-            self.display.status(f"starting: {where}, on {self.job.reason}")
+            node = self.job.reason
+            self.display.status(f"starting: {where}" + ("" if node in where else f", on {node}"))
             return
         reason = f", waits for: {self.job.reason}" if self.job.reason not in ("", "None") else ""
         start = ""
@@ -134,10 +136,14 @@ class _Follower:
         kind = line["kind"]
         if kind == "start":
             self.marks.append(line)
-            hosts = ", ".join(dict.fromkeys(line["hosts"]))
+            on = [
+                line.get("device"),
+                line.get("precision"),
+                *dict.fromkeys(line.get("hosts") or []),
+            ]
+            ranks = count(line.get("world_size") or 1, "rank")
             self.display.say(
-                f"training from step {line['step']:,} on {count(line['world_size'], 'rank')}"
-                f" ({line['device']}, {line['precision']}; {hosts})"
+                f"training from step {line['step']:,} on {ranks} ({', '.join(filter(None, on))})"
             )
         elif kind == "end":
             self.marks.append(line)
@@ -146,7 +152,9 @@ class _Follower:
                 self.display.say(f"{line['status']} at step {line['step']:,}: {line['reason']}")
         elif kind == "step":
             metrics = line["metrics"]
-            notes = {"loss": f"{metrics['train/loss']:.2f}"}
+            notes = {}
+            if "train/loss" in metrics:
+                notes["loss"] = f"{metrics['train/loss']:.2f}"
             if "train/images_per_second" in metrics:
                 notes["images/s"] = f"{metrics['train/images_per_second']:,.0f}"
             self.display.progress(line["step"], self.total, notes)
@@ -169,7 +177,7 @@ def epoch_line(line: dict[str, Any]) -> str:
 
 def ending(run: RunDirectory, state: RunState) -> str:
     """How it ended, and what to do now."""
-    lines = journal.read(run.journal_file)[0]
+    lines = journal.read_outline(run.journal_file)
     facts: list[Fact] = [(state.status, _how_it_ended(run, state, lines))]
     if state.status in ("failed", "died"):
         facts += failure_facts(run)
@@ -208,8 +216,11 @@ def failure_facts(run: RunDirectory) -> list[Fact]:
 
 
 def mlflow_fact(run: RunDirectory, state: RunState) -> str:
-    """How to open it, and how to mend it where it is behind."""
-    missing = behind(run.path)
+    """Says how to open MLflow, and how to mend it if it is behind."""
+    try:
+        missing = behind(run.path)
+    except (UserError, OSError) as error:
+        return f"{open_mlflow()}\n{printable(str(error))}"
     # While the job lives its mirror is at work, and always a little behind.
     if state.job.alive or not missing:
         return open_mlflow()

@@ -1,17 +1,22 @@
 """How a run stands: what its journal says, and what has become of its last job."""
 
-import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from pydantic import BaseModel, TypeAdapter
+
+from cvae import json_file
+from cvae.config import Experiment
+from cvae.data.order import chosen_count
 from cvae.data.store import MANIFEST, store_path
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
+from cvae.training.journal_lines import Line
 from slurm import queue, tries
 from slurm.client import JobState
 from slurm.queue import Submission
 
-Line = dict[str, Any]
+_SUBMISSIONS = TypeAdapter(list[Submission])
 NO_JOB = JobState("ended", "NONE", "it was never submitted")
 
 
@@ -23,7 +28,8 @@ class RunState(NamedTuple):
 
 
 def submissions(run: RunDirectory) -> list[Submission]:
-    return [Submission.model_validate(entry) for entry in run.submissions()]
+    """Oldest first. Raises UserError if launch.json is damaged."""
+    return json_file.load(run.launch_file, _SUBMISSIONS) or []
 
 
 def last_submission(run: RunDirectory) -> Submission | None:
@@ -37,21 +43,21 @@ def run_state(run: RunDirectory) -> RunState:
     return judge(_marks(run, last), job, last is not None and last.cancelled is not None)
 
 
-def brief_status(run: RunDirectory) -> str:
-    """The status of run_state(), without asking the queue where the journal settles it: for long lists."""
-    last = last_submission(run)
-    marks = _marks(run, last)
+def is_settled(run: RunDirectory, marks: list[Line], last: Submission | None) -> bool:
+    """Returns whether the journal alone says how the run stands, so that the queue need not be asked."""
     status = marks[-1].get("status") if marks else None
     told = tries.read(run.logs, last.job_id) if last else []
-    if status == "finished" or (status == "failed" and not (told and told[-1].restarts)):
-        return str(status)
-    return run_state(run).status
+    return status == "finished" or (status == "failed" and not (told and told[-1].restarts))
+
+
+def marks_of(lines: list[Line]) -> list[Line]:
+    """Returns the start and end lines."""
+    return [line for line in lines if line["kind"] in ("start", "end")]
 
 
 def _marks(run: RunDirectory, last: Submission | None) -> list[Line]:
     """The start and end lines since the last submission."""
-    lines = journal.read(run.journal_file, last.journal_offset if last else 0)[0]
-    return [line for line in lines if line["kind"] in ("start", "end")]
+    return marks_of(journal.read_outline(run.journal_file, last.journal_offset if last else 0))
 
 
 def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
@@ -79,15 +85,38 @@ def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
     return RunState("died", job.reason if job is NO_JOB else f"its job ended as {job.word}", job)
 
 
+class _Images(BaseModel):
+    images: int
+
+
+class _Manifest(BaseModel):
+    """What a store's manifest says that is of use here; it is not opened, as the data may be gone."""
+
+    splits: dict[str, _Images]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
 def total_steps(run: RunDirectory) -> int | None:
-    """None where the data are not here any more."""
+    """Returns the steps of a whole run; None if its experiment cannot be read or its data are gone."""
     try:
-        experiment = run.experiment()
-        manifest = store_path(experiment.data.name, experiment.data.image_size) / MANIFEST
-        images = json.loads(manifest.read_text())["splits"][experiment.data.train]["images"]
-        return experiment.total_steps(int(images))
-    except (OSError, ValueError, KeyError, UserError):
+        return total_steps_of(run.experiment())
+    except UserError:
         return None
+
+
+def total_steps_of(experiment: Experiment) -> int | None:
+    """Returns the steps of the whole training on its share of the data; None if the data are gone."""
+    data = experiment.data
+    try:
+        manifest = json_file.load(store_path(data.name, data.image_size) / MANIFEST, _MANIFEST)
+    except UserError:
+        return None
+    if manifest is None or data.train not in manifest.splits:
+        return None
+    images = manifest.splits[data.train].images
+    return experiment.total_steps(chosen_count(images, data.fraction))
 
 
 def best_epoch(lines: list[Line]) -> Line | None:

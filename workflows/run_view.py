@@ -1,71 +1,134 @@
 """Runs in words: one line each, or everything about one."""
 
+import textwrap
 import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
+from cvae.config import Experiment
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
+from cvae.training.journal_lines import Line
 from cvae.training.preflight_checks import Network, size
+from slurm import queue
+from slurm.client import JobState
 from slurm.queue import Submission
 from workflows.follow import epoch_line, failure_facts, mlflow_fact
 from workflows.run_state import (
-    Line,
+    NO_JOB,
+    RunState,
     best_epoch,
-    brief_status,
+    is_settled,
+    judge,
     last_submission,
+    marks_of,
     newest_step,
     run_state,
     submissions,
-    total_steps,
+    total_steps_of,
 )
 from workflows.story import story
-from workflows.text import Fact, aligned, clock, count, duration, shown, table
+from workflows.text import Fact, aligned, clock, count, duration, printable, shown, table
 
+T = TypeVar("T")
 _NOTICES_SHOWN = 10
 
 
+class _Listed(NamedTuple):
+    """What a row of the list is made of: each file of the run, read once."""
+
+    run: RunDirectory
+    experiment: Experiment
+    last: Submission | None
+    lines: list[Line]
+    marks: list[Line]
+    settled: bool
+
+
 def list_text(runs: list[RunDirectory]) -> str:
+    """Returns a table of runs, and below it a line for each that cannot be read."""
+    listed, odd = [], []
+    for run in runs:
+        try:
+            listed.append(_read(run))
+        except (UserError, OSError) as error:
+            odd.append(f"{printable(run.name)}  unreadable: {_reason(run, error)}")
+    open_ones = [one.last for one in listed if not one.settled and one.last is not None]
+    jobs = iter(queue.look_at_all(open_ones))
+    rows = []
+    for one in listed:
+        job = NO_JOB if one.settled or one.last is None else next(jobs)
+        rows.append(_row(one, job))
     header = ["RUN", "STATUS", "STEP", "VAL LOSS", "WHERE", "AGE"]
-    return table(header, [_row(run) for run in runs], right=["STEP", "VAL LOSS", "AGE"])
+    text = table(header, rows, right=["STEP", "VAL LOSS", "AGE"])
+    return "\n".join([text, *odd])
 
 
-def _row(run: RunDirectory) -> list[str]:
-    lines = journal.read(run.journal_file)[0]
-    best, last = best_epoch(lines), last_submission(run)
+def _reason(run: RunDirectory, error: UserError | OSError) -> str:
+    """On one line, with files as they are called in the run's folder."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}"
+    return textwrap.shorten(printable(" ".join(text.split()).replace(f"{run.path}/", "")), 200)
+
+
+def _read(run: RunDirectory) -> _Listed:
+    """Raises UserError or OSError if a file of the run is damaged or cannot be read."""
+    if run.name != printable(run.name):
+        raise UserError("its name is not printable text in UTF-8; rename the folder")
+    experiment, last = run.experiment(), last_submission(run)
+    offset = last.journal_offset if last is not None else 0
+    before = journal.read_outline(run.journal_file, 0, offset)
+    since = journal.read_outline(run.journal_file, offset)
+    marks = marks_of(since)
+    settled = is_settled(run, marks, last)
+    return _Listed(run, experiment, last, before + since, marks, settled)
+
+
+def _row(one: _Listed, job: JobState) -> list[str]:
+    best, last = best_epoch(one.lines), one.last
+    cancelled = last is not None and last.cancelled is not None
     return [
-        run.name,
-        brief_status(run),
-        _progress(run, lines, "/"),
+        one.run.name,
+        judge(one.marks, job, cancelled).status,
+        _progress(one.lines, total_steps_of(one.experiment), "/"),
         f"{best['metrics']['val/loss']:.2f}" if best else "",
-        f"{last.cluster}, {count(last.world_size, 'rank')}" if last else "",
-        duration(time.time() - run.created),
+        printable(f"{last.cluster}, {count(last.world_size, 'rank')}") if last else "",
+        duration(time.time() - one.run.created),
     ]
 
 
 def show_text(run: RunDirectory) -> str:
-    lines = journal.read(run.journal_file)[0]
-    state, experiment = run_state(run), run.experiment()
-    model, training = experiment.model, experiment.training
+    """Returns all that can be read of a run; what cannot is named."""
+    odd: list[Fact] = []
+
+    def readable(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except (UserError, OSError) as error:
+            odd.append(("unreadable", _reason(run, error)))
+            return None
+
+    lines = readable(lambda: journal.read_outline(run.journal_file)) or []
+    entries = readable(lambda: submissions(run)) or []
+    experiment = readable(run.experiment)
+    unknown = RunState("unknown", "its files are damaged", NO_JOB)
+    state = unknown if odd else readable(lambda: run_state(run)) or unknown
     facts: list[Fact] = [
-        ("run", f"{run.name}, made {clock(run.created)}"),
+        ("run", f"{printable(run.name)}, made {clock(run.created)}"),
         ("status", f"{state.status}: {state.reason}" if state.reason else state.status),
+        *odd,
     ]
     if state.status in ("failed", "died"):
         facts += failure_facts(run)
-    facts += [
-        ("experiment", f"{experiment.name}, seed {experiment.seed}; {shown(run.experiment_file)}"),
-        ("model", f"{model.backbone}, condition {model.condition}, latent_dim {model.latent_dim}"),
-        (
-            "data",
-            f"{experiment.data.name} {experiment.data.image_size}×{experiment.data.image_size}",
-        ),
-        ("training", f"batch {training.global_batch_size}, lr {experiment.optimizer.lr:g}"),
-        (
-            "steps",
-            f"{_progress(run, lines, ' of ')}, {duration(journal.training_seconds(lines))} of training",
-        ),
-    ]
-    facts += [("submitted", _submission(entry)) for entry in submissions(run)]
-    told = story(run, lines, state.job)
+    if experiment is not None:
+        facts += _experiment(run, experiment)
+    total = total_steps_of(experiment) if experiment is not None else None
+    trained = duration(journal.training_seconds(lines))
+    facts.append(("steps", f"{_progress(lines, total, ' of ')}, {trained} of training"))
+    facts += [("submitted", _submission(entry)) for entry in entries]
+    told = story(run, lines, state.job) if entries else []
     if told:
         facts.append(("tries", "\n".join(told)))
     facts += _preflight(lines) + _ran_on(lines) + _metrics(lines) + _checkpoints(run)
@@ -80,8 +143,17 @@ def show_text(run: RunDirectory) -> str:
     return aligned(facts)
 
 
-def _progress(run: RunDirectory, lines: list[Line], of: str) -> str:
-    total = total_steps(run)
+def _experiment(run: RunDirectory, experiment: Experiment) -> list[Fact]:
+    model, training, data = experiment.model, experiment.training, experiment.data
+    return [
+        ("experiment", f"{experiment.name}, seed {experiment.seed}; {shown(run.experiment_file)}"),
+        ("model", f"{model.backbone}, condition {model.condition}, latent_dim {model.latent_dim}"),
+        ("data", f"{data.name} {data.image_size}×{data.image_size}"),
+        ("training", f"batch {training.global_batch_size}, lr {experiment.optimizer.lr:g}"),
+    ]
+
+
+def _progress(lines: list[Line], total: int | None, of: str) -> str:
     return f"{newest_step(lines):,}" + (f"{of}{total:,}" if total else "")
 
 
@@ -97,16 +169,17 @@ def _preflight(lines: list[Line]) -> list[Fact]:
     if not seen:
         return []
     last, hosts = seen[-1], seen[-1]["hosts"].values()
-    disks = [host["free_disk"] for host in hosts if host["free_disk"] is not None]
+    disks = [host["free_disk"] for host in hosts if host.get("free_disk") is not None]
     clocks = [host["clock_offset_s"] for host in hosts]
     nodes = [f"{count(len(hosts), 'node')} in {last['seconds']:.1f} s"]
-    nodes.append(f"free memory {size(min(host['free_memory'] for host in hosts))}")
+    if hosts:
+        nodes.append(f"free memory {size(min(host['free_memory'] for host in hosts))}")
     if disks:
         nodes.append(f"free disk {size(min(disks))}")
     if len(clocks) > 1:
         nodes.append(f"clocks within {max(clocks) - min(clocks):.1f} s")
     text = ", ".join(nodes)
-    if last["all_reduce"] is not None:
+    if last.get("all_reduce") is not None:
         text += f"\nall-reduce: {Network.model_validate(last['all_reduce'])}"
     return [("preflight", text)]
 
@@ -116,13 +189,17 @@ def _ran_on(lines: list[Line]) -> list[Fact]:
     if not starts:
         return []
     start = starts[-1]
-    hosts = ", ".join(dict.fromkeys(start["hosts"]))
+    hosts = ", ".join(dict.fromkeys(start.get("hosts") or ["unknown hosts"]))
     code = (start.get("commit") or "unknown")[:12] + (
         " with uncommitted changes" if start.get("uncommitted_changes") else ""
     )
     return [
         ("started", f"{count(len(starts), 'time')}, last from step {starts[-1]['step']:,}"),
-        ("ranks", f"{start['world_size']} × {start['device']}, {start['precision']}, on {hosts}"),
+        (
+            "ranks",
+            f"{start.get('world_size') or '?'} × {start.get('device') or 'unknown device'},"
+            f" {start.get('precision') or 'unknown precision'}, on {hosts}",
+        ),
         ("code", code),
     ]
 

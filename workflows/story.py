@@ -1,21 +1,25 @@
 """The story of a run: every try, where it ran, how far it came, why it ended and what that cost."""
 
 from cvae.run_directory import RunDirectory
+from cvae.training.journal_lines import Line
 from slurm import tries
 from slurm.client import JobState
 from slurm.tries import Try
-from workflows.run_state import Line, submissions
+from workflows.run_state import submissions
 from workflows.text import clock, count, duration
 
 _NODES_SHOWN = 8
 
 
 def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
-    """One line a try, oldest first. job: where the last submission is now."""
+    """One line a try, oldest first; none before the first. job: where the last submission is now."""
     told: list[Try] = []
+    last = ""
     for submission in submissions(run):
         told += tries.read(run.logs, submission.job_id)
         last = submission.job_id
+    if not told:
+        return []
     if told and told[-1].ended is None and job.phase == "ended":
         told[-1] = tries.unwatched(run.logs, last, told[-1], told[-1].began, job.word)
     if told and told[-1].requeue == "asked" and job.phase == "ended":

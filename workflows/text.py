@@ -1,13 +1,15 @@
 """How the commands write: aligned facts, tables, times, paths."""
 
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cvae.paths import printable
 from slurm.cluster import count
 
-__all__ = ["Fact", "aligned", "clock", "count", "duration", "shown", "table"]
+__all__ = ["Fact", "aligned", "clock", "count", "duration", "printable", "shown", "table"]
 
 Fact = tuple[str, str]
 
@@ -36,7 +38,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 def duration(seconds: float) -> str:
     """ "42 s", "3 min 20 s", "5 h 07 min", "3 days 4 h"."""
-    whole = max(0, round(seconds))
+    whole = max(0, round(seconds)) if math.isfinite(seconds) else 0
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
@@ -47,11 +49,14 @@ def duration(seconds: float) -> str:
 
 
 def clock(when: float) -> str:
-    """ "23 Nov 04:39:24", local time."""
-    return time.strftime("%d %b %H:%M:%S", time.localtime(when))
+    """ "23 Nov 04:39:24", local time; "?" for what is no time."""
+    try:
+        return time.strftime("%d %b %H:%M:%S", time.localtime(when))
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def shown(path: Path) -> str:
     """Relative where that is shorter."""
     relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path)
+    return printable(relative if not relative.startswith("..") else str(path))

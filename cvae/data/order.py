@@ -65,8 +65,13 @@ class BatchOrder:
         return self.rows[_generator(self.seed, _ORDER, epoch).permutation(len(self.rows))]
 
 
+def chosen_count(images: int, fraction: float) -> int:
+    """Returns on how many images of a split a run trains: all, or that fraction of them, at least one."""
+    return images if fraction == 1 else max(1, round(fraction * images))
+
+
 def choose_fraction(seed: int, ids: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Rows of the images that a run trains on, in order: round(fraction · N) of N, at least one.
+    """Rows of the images that a run trains on, in order: chosen_count(N, fraction) of N.
 
     Each image's place in the queue is a hash of the seed and its id: the same images are chosen on every
     machine and from a store of any image size, and a smaller fraction's are among a larger one's.
@@ -74,7 +79,7 @@ def choose_fraction(seed: int, ids: NDArray[np.int64], fraction: float) -> NDArr
     if fraction == 1:
         return np.arange(len(ids))
     queue = [hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in ids.tolist()]
-    first = sorted(range(len(ids)), key=queue.__getitem__)[: max(1, round(fraction * len(ids)))]
+    first = sorted(range(len(ids)), key=queue.__getitem__)[: chosen_count(len(ids), fraction)]
     return np.sort(np.array(first, np.int64))
 
 

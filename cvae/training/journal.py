@@ -120,8 +120,8 @@ def read_each(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
         yield record, offset
 
 
-def read_outline(path: Path, offset: int = 0) -> list[Line]:
-    """Returns the lines from byte `offset` on, but of each series of points (step, system) the last of either.
+def read_outline(path: Path, offset: int = 0, until: int | None = None) -> list[Line]:
+    """Returns the lines from byte `offset` to `until`, but of each series of points only its last step and system.
 
     That is enough for a run's state, its times and its newest values, in a tenth of the time. Raises
     OSError if the file cannot be read.
@@ -135,7 +135,7 @@ def read_outline(path: Path, offset: int = 0) -> list[Line]:
         for points in series.values():
             points.clear()
 
-    for line in _whole_lines(path, offset):
+    for line in _whole_lines(path, offset, until):
         point = next((mark for mark in _POINTS if mark in line), None)
         if point is not None:
             series[point].append((line, offset))
@@ -169,11 +169,11 @@ def training_seconds(lines: Iterable[Line]) -> float:
     return seconds + max(0.0, heard - began)
 
 
-def _whole_lines(path: Path, offset: int) -> Sequence[bytes]:
+def _whole_lines(path: Path, offset: int, until: int | None = None) -> Sequence[bytes]:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            block = file.read()
+            block = file.read(-1 if until is None else max(0, until - offset))
     except FileNotFoundError:
         return ()
     return block[: block.rfind(b"\n") + 1].split(b"\n")[:-1]

@@ -28,8 +28,11 @@ def decode(line: bytes) -> Line:
         raise BadLine("it is not a JSON object")
     _check(record, _EVERY_KIND)
     _check(record, _FIELDS.get(record["kind"], {}))
-    if isinstance(metrics := record.get("metrics"), dict):
-        record["metrics"] = {name: float(value) for name, value in metrics.items()}
+    record["time"] = float(record["time"])
+    if record["kind"] == "epoch":
+        record["epoch"] = float(record["epoch"])
+    if "metrics" in _FIELDS.get(record["kind"], {}):
+        record["metrics"] = {name: float(value) for name, value in record["metrics"].items()}
     return record
 
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from cvae.errors import UserError
 from cvae.file_lock import Locked, file_lock
 from cvae.redaction import guard_output, without_password, without_secrets
-from cvae.training import mlflow_state
 from cvae.training.mlflow_state import behind
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ class Mirror:
             _log.warning("the MLflow mirror: %s", error)
         try:
             return behind(self._run_dir)
-        except (OSError, ValueError, TypeError) as error:
-            _log.warning("%s/%s: %s", self._run_dir, mlflow_state.STATE_FILE, error)
+        except (OSError, UserError) as error:
+            _log.warning("MLflow: %s", error)
             return 0
 
     @property

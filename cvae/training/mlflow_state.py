@@ -5,8 +5,11 @@ import logging
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from cvae import paths
+from pydantic import Field, TypeAdapter
+
+from cvae import json_file, paths
 from cvae.errors import UserError
 from cvae.redaction import without_password
 from cvae.training import journal
@@ -25,15 +28,21 @@ class State:
     """Tag of the run in MLflow, known before the run is made there: whoever dies between making it
     and writing its id down finds it again."""
     run_id: str | None = None
-    offset: int = 0
+    offset: Annotated[int, Field(ge=0)] = 0
     """Bytes of the journal that MLflow has acknowledged."""
 
 
+_STATE = TypeAdapter(State)
+
+
 def load(run_dir: Path) -> State:
-    """The state; a new one, already saved, for a run that MLflow does not know."""
+    """Returns the state; a new one, already saved, for a run that MLflow does not know.
+
+    Raises UserError if the file is damaged.
+    """
     file = run_dir / STATE_FILE
-    if file.exists():
-        return State(**json.loads(file.read_text()))
+    if (there := json_file.load(file, _STATE)) is not None:
+        return there
     state = State(without_password(paths.tracking_uri()), uuid.uuid4().hex)
     save(run_dir, state)
     return state
@@ -44,9 +53,9 @@ def save(run_dir: Path, state: State) -> None:
 
 
 def behind(run_dir: Path) -> int:
-    """Number of journal lines that MLflow does not have yet."""
-    file = run_dir / STATE_FILE
-    offset = State(**json.loads(file.read_text())).offset if file.exists() else 0
+    """Returns how many journal lines MLflow does not have yet. Raises UserError if mlflow.json is damaged."""
+    there = json_file.load(run_dir / STATE_FILE, _STATE)
+    offset = 0 if there is None else there.offset
     return sum(1 for _ in journal.read_each(run_dir / JOURNAL_FILE, offset))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 
 NOTE = "mlflow.note.content"
@@ -48,6 +49,6 @@ def description(commands: Mapping[str, str]) -> str:
 def _command(run: RunDirectory) -> str:
     try:
         command = run.submissions()[0]["command"]
-    except (OSError, ValueError, LookupError):
+    except (UserError, LookupError):
         command = f"workflows/launch.py runs/{run.name}/{run.experiment_file.name}"
     return f"python {command}"

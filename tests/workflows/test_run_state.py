@@ -2,8 +2,9 @@
 
 import pytest
 
+from cvae.training.journal_lines import Line
 from slurm.client import JobState
-from workflows.run_state import Line, judge
+from workflows.run_state import judge
 
 START: Line = {"kind": "start", "time": 100.0}
 STOPPED: Line = {"kind": "end", "time": 200.0, "status": "stopped", "reason": "SIGTERM at step 9"}

@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cvae import paths, yaml_model
+from pydantic import TypeAdapter
+
+from cvae import json_file, paths, yaml_model
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory, find_sweep, telling_name
@@ -52,6 +53,11 @@ class Trial:
     @property
     def ended(self) -> bool:
         return self.status in ("finished", "stopped early", "failed")
+
+
+_TRIALS = TypeAdapter(list[Trial])
+_LAUNCHES = TypeAdapter(list[dict[str, Any]])
+_SUBMISSIONS = TypeAdapter(list[Submission])
 
 
 class SweepDirectory:
@@ -96,24 +102,22 @@ class SweepDirectory:
         return load_experiment(self.experiment_file)
 
     def trials(self) -> list[Trial]:
-        """As they stand, in their order; empty before the first."""
-        with suppress(FileNotFoundError):
-            return [Trial(**entry) for entry in json.loads(self.trials_file.read_text())]
-        return []
+        """As they stand, in their order; empty before the first. Raises UserError if trials.json is damaged."""
+        return json_file.load(self.trials_file, _TRIALS) or []
 
     def write_trials(self, trials: list[Trial]) -> None:
         text = json.dumps([asdict(trial) for trial in trials], indent=1)
         paths.write_atomically(self.trials_file, text + "\n")
 
     def launches(self) -> list[dict[str, Any]]:
-        """Every time the sweep was handed to SLURM or to this machine, oldest first."""
-        if not self.launch_file.exists():
-            return []
-        launches: list[dict[str, Any]] = json.loads(self.launch_file.read_text())
-        return launches
+        """Every time the sweep was handed to SLURM or to this machine, oldest first.
+
+        Raises UserError if launch.json is damaged.
+        """
+        return json_file.load(self.launch_file, _LAUNCHES) or []
 
     def submissions(self) -> list[Submission]:
-        return [Submission.model_validate(entry) for entry in self.launches()]
+        return json_file.load(self.launch_file, _SUBMISSIONS) or []
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
