@@ -32,6 +32,7 @@ from cvae.export_format import (
     Provenance,
     SplitFacts,
     check_target,
+    plain_name,
 )
 from cvae.grids import labelled_grid
 from cvae.model_card import model_card
@@ -166,7 +167,7 @@ def _facts(run: RunDirectory, trained: Trained) -> Exported:
         )
     splits = data.store.manifest.splits
     return Exported(
-        name=run.name,
+        name=plain_name(run.name),
         step=trained.step,
         image_shape=data.image_shape,
         condition_dim=data.condition_dim,

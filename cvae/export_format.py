@@ -14,10 +14,11 @@ A run's own model/, which MLflow gets, is the same without text_encoder/, sample
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cvae.data.building import progress_bar
 from cvae.data.store import TextEncoderEntry, file_sha256
@@ -28,6 +29,10 @@ from cvae.run_directory import LATEST, RunDirectory, all_runs
 CONFIG, EXPERIMENT, WEIGHTS = "config.json", "experiment.yaml", "model.safetensors"
 TEXT_ENCODER, SAMPLES, CARD = "text_encoder", "samples.png", "README.md"
 EXPORTED_BY = "export.py"
+# What is read, and no other name: nothing outside the folder, nothing in deeper folders.
+_READ = re.compile(rf"experiment\.yaml|model\.safetensors|samples\.png|{TEXT_ENCODER}/[^/\x00]+")
+_LARGEST_JSON, _LARGEST_YAML = 16 << 20, 1 << 20
+_NAME = r"[^/\x00-\x1f\x7f.-][^/\x00-\x1f\x7f]{0,199}"
 FORMAT, VERSION = "cvae-workflow", 1
 
 
@@ -74,15 +79,19 @@ class Provenance(_Block):
     precision: str | None
 
 
+_Size = Annotated[int, Field(ge=1, le=4096)]
+
+
 class Exported(_Block):
     format: Literal["cvae-workflow"] = "cvae-workflow"
     format_version: Literal[1] = 1
-    name: str
-    step: int
+    name: Annotated[str, Field(pattern=f"^{_NAME}$")]
+    """Part of the names of pictures."""
+    step: Annotated[int, Field(ge=0, lt=2**53)]
     """Optimizer steps behind the weights."""
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[_Size, _Size, _Size]
     """C, H, W."""
-    condition_dim: int
+    condition_dim: Annotated[int, Field(ge=0, le=2**16)]
     classes: list[str]
     text_encoder: ExportedEncoder | None
     metrics: dict[str, float]
@@ -118,48 +127,77 @@ def check_target(folder: Path) -> None:
         raise UserError(f"{folder} is not empty; name a folder that is not there yet")
 
 
-def read(folder: Path) -> Exported:
-    """What a folder says it is, once every file proved to be what was exported.
+def plain_name(name: str) -> str:
+    """A run's name as an exported model can have it."""
+    return name if re.fullmatch(_NAME, name) else re.sub(r"[^A-Za-z0-9_]", "_", name)[:200] or "_"
 
-    Raises UserError where something is missing, was changed, or is no exported model.
+
+def read(folder: Path) -> Exported:
+    """Returns what a folder says it is, once every file that is read proved to be what was exported.
+
+    Raises UserError if something is missing, was changed, or is no exported model.
     """
     again = f"copy {folder} anew, or export the run again"
-    try:
-        tree = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{folder / CONFIG} is damaged; {again}") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    tree = _tree(folder / CONFIG, again)
+    if tree.get("format") != FORMAT:
         raise UserError(f"{folder} holds another kind of model, none exported by export.py")
     if tree.get("format_version") != VERSION:
         raise UserError(
-            f"{folder} was exported in format {tree.get('format_version')}; this version of the project"
-            f" reads format {VERSION}"
+            f"{folder} was exported in format {str(tree.get('format_version'))[:20]}; this version of the"
+            f" project reads format {VERSION}"
         )
     try:
         digests = dict(tree["sha256"])
         whole = digests.pop(CONFIG) == _tree_sha256({**tree, "sha256": digests})
-        exported = Exported.model_validate(tree)
-    except (KeyError, TypeError, ValueError, ValidationError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{folder / CONFIG} is damaged (its sha256 is another); {again}")
-    missing = [name for name in digests if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder / missing[0]} is missing; {again}")
-    with progress_bar(
-        sum((folder / name).stat().st_size for name in digests),
-        "B",
-        f"{folder.name}: check",
-        delay=2,
-    ) as bar:
-        for name, digest in digests.items():
-            if file_sha256(folder / name, bar.update) != digest:
-                raise UserError(f"{folder / name} is damaged (its sha256 is another); {again}")
+    try:
+        exported = Exported.model_validate(tree)
+    except ValueError as error:
+        reason = " ".join(str(error).split()[3:])[:150]
+        raise UserError(f"{folder / CONFIG} is damaged ({reason}…); {again}") from None
+    _check_files(folder, digests, again)
+    return exported
+
+
+def _tree(file: Path, again: str) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError("too large")
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{file} is damaged; {again}") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _check_files(folder: Path, digests: dict[str, str], again: str) -> None:
+    """Raises UserError unless all that is read of the folder lies in it and has the sha256 of its export."""
+    for name in (EXPERIMENT, WEIGHTS):
+        if name not in digests:
+            raise UserError(f"{folder / CONFIG} has no sha256 of {name}; {again}")
+    inside = folder.resolve()
+    for name in digests:
+        if not _READ.fullmatch(name) or name.endswith(("/.", "/..")):
+            raise UserError(
+                f"{folder / CONFIG} names {name[:100]!r}, which no export holds; {again}"
+            )
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; {again}")
+        if not (folder / name).resolve().is_relative_to(inside):
+            raise UserError(f"{folder / name} is a link to a file elsewhere; {again}")
+    if (folder / EXPERIMENT).stat().st_size > _LARGEST_YAML:
+        raise UserError(f"{folder / EXPERIMENT} is too large for an experiment; {again}")
     # A further file of a tokenizer would change the tokens.
     there = {f"{TEXT_ENCODER}/{file.name}" for file in (folder / TEXT_ENCODER).glob("[!.]*")}
     if strange := sorted(there - digests.keys()):
         raise UserError(f"{folder / strange[0]} was not exported with the rest; remove it")
-    return exported
+    total = sum((folder / name).stat().st_size for name in digests)
+    with progress_bar(total, "B", f"{folder.name}: check", delay=2) as bar:
+        for name, digest in digests.items():
+            if file_sha256(folder / name, bar.update) != digest:
+                raise UserError(f"{folder / name} is damaged (its sha256 is another); {again}")
 
 
 def _tree_sha256(tree: dict[str, Any]) -> str:

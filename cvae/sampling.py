@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.data.store import Precision, TextEncoderEntry
 from cvae.data.text import TextEncoder, load_encoder
 from cvae.errors import UserError
+from cvae.export_format import Exported
 from cvae.inference import Images, Vectors
 from cvae.models.backbone import ImageShape
 from cvae.models.cvae import Cvae, build_model
@@ -277,8 +279,12 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     Raises UserError where something is missing, was changed, or is no exported model.
     """
     exported = export_format.read(folder)
-    experiment = load_experiment(folder / export_format.EXPERIMENT)
-    weights = load_file(folder / export_format.WEIGHTS)
+    try:
+        experiment = load_experiment(folder / export_format.EXPERIMENT)
+        weights = load_file(folder / export_format.WEIGHTS)
+    except (SafetensorError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{folder} is damaged: {str(error)[:150]}") from None
+    _check_fit(folder, exported, experiment)
     encoder, shape, width = exported.text_encoder, exported.image_shape, exported.condition_dim
     # A run's own model/, as MLflow has it, holds no copy: there its name has to do.
     copy = folder / export_format.TEXT_ENCODER
@@ -296,6 +302,23 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     )
 
 
+def _check_fit(folder: Path, exported: Exported, experiment: Experiment) -> None:
+    """Raises UserError unless what config.json says of the model is what its experiment needs."""
+    encoder, size = exported.text_encoder, experiment.data.image_size
+    wanted = {
+        "text": encoder.entry.dim if encoder else 0,
+        "label": len(exported.classes),
+        "none": exported.condition_dim,
+    }[experiment.model.condition]
+    if (
+        exported.condition_dim != wanted
+        or exported.image_shape[1:] != (size, size)
+        or (experiment.model.condition == "text" and experiment.data.text_encoder is None)
+    ):
+        file = folder / export_format.CONFIG
+        raise UserError(f"{file} is damaged: its sizes are not those of {export_format.EXPERIMENT}")
+
+
 def _model(
     experiment: Experiment,
     shape: ImageShape,
@@ -304,15 +327,33 @@ def _model(
     device: torch.device | None,
     made_for: Path,
 ) -> Cvae:
-    model = build_model(experiment.model, shape, condition_dim, experiment.seed)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:80]
+    """The model with these weights. Raises UserError if they are not its own: other names, shapes, types, or
+    values that are not finite."""
+    # Without memory at first: sizes that do not fit may be beyond all measure.
+    with torch.device("meta"):
+        expected = build_model(experiment.model, shape, condition_dim, experiment.seed).state_dict()
+    if reason := _misfit(weights, expected):
         raise UserError(
-            f"{experiment.name}: the weights do not fit {made_for} ({reason}…): its data were prepared"
-            " differently, or they are of another version of the project"
-        ) from None
+            f"{experiment.name}: the weights do not fit {made_for} ({reason}): its data were prepared"
+            " differently, or they are damaged or of another version of the project"
+        )
+    model = build_model(experiment.model, shape, condition_dim, experiment.seed)
+    model.load_state_dict(weights)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     return model
+
+
+def _misfit(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """Why these cannot be the weights of a model that has the expected ones; None if they can."""
+    for name in sorted(weights.keys() ^ expected.keys()):
+        return f"{name[:80]} is {'missing' if name in expected else 'not of this model'}"
+    for name, tensor in weights.items():
+        here, there = (
+            f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (tensor, expected[name])
+        )
+        if here != there:
+            return f"{name} is {here} instead of {there}"
+        if not torch.isfinite(tensor).all():
+            return f"{name} has values that are not finite"
+    return None

@@ -56,7 +56,7 @@ def revision(folder: Path) -> str | None:
     if folder.parent.name == "snapshots":
         return folder.name
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    lines = note.read_text().split() if note.is_file() else []
+    lines = note.read_text(errors="replace").split() if note.is_file() else []
     return lines[0] if lines else None
 
 

@@ -194,7 +194,10 @@ def load_encoder(name: str, precision: Precision = "fp32") -> TextEncoder:
         raise UserError(f"{where} lacks {len(lacking)} weights of its model, as {lacking[0]}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.float().eval().requires_grad_(False).to(device)
-    limit = _MINILM_MAX_TOKENS if name == MINILM else _max_tokens(tokenizer, model)
+    try:
+        limit = _MINILM_MAX_TOKENS if name == MINILM else _max_tokens(tokenizer, model)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{where} cannot be loaded: its longest input is no number") from None
     encoder = TextEncoder(
         name=name,
         sha256=sha256,

@@ -31,9 +31,17 @@ def load_published(model: Cvae, settings: config.Model, source: str) -> None:
 
     folder = published_folder(settings, model.shape[0], source)
     try:
-        published = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        published, loading = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers, safetensors and torch each have their own family
         raise _unreadable(source, folder, error) from None
+    # What the file lacks, diffusers draws at random.
+    lacking = sorted(loading["missing_keys"])
+    odd = [name for name, value in published.state_dict().items() if not value.isfinite().all()]
+    for names, reason in ((lacking, "is missing"), (odd, "has values that are not finite")):
+        if names:
+            raise _unreadable(source, folder, ValueError(f"{names[0]} {reason}"))
     state = {_place(name): value for name, value in published.state_dict().items()}
     own = model.state_dict()
     for name, value in _identities(published.config, own).items():

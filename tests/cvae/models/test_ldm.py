@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from cvae.config import Model
 from cvae.errors import UserError
@@ -110,12 +111,24 @@ def test_what_is_no_autoencoder_is_one_line(tmp_path: Path) -> None:
     publish(tmp_path / "cut")
     weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    for name in ("incomplete", "nan"):
+        publish(tmp_path / name)
+        file = tmp_path / name / weights.name
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        if name == "nan":
+            tensors[first].view(-1)[0] = float("nan")
+        else:
+            del tensors[first]
+        save_file(tensors, file, metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("[]")
     model = settings()
     for name, expected in (
         ("cut", "no AutoencoderKL can be read"),
+        ("incomplete", "is missing"),
+        ("nan", "not finite"),
         ("empty", "no AutoencoderKL can be read"),
         ("odd", "no AutoencoderKL can be read"),
         ("absent", "no such folder"),
