@@ -155,6 +155,11 @@ class Parts:
                 torch.cuda.empty_cache()
 
 
+def is_finite(model: Cvae) -> bool:
+    """Returns whether every weight is a finite number. Bytes hide it: NaN becomes black."""
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
 def device_of(model: Cvae) -> torch.device:
     return next(model.parameters()).device
 

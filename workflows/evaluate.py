@@ -19,7 +19,7 @@ from cvae import command_line
 from cvae.code_snapshot import Snapshot
 from cvae.command_line import Parser, positive
 from cvae.data.building import progress_bar
-from cvae.data.store import open_store
+from cvae.data.store import file_sha256, open_store
 from cvae.errors import UserError
 from cvae.evaluation.groups import UNITS, WHAT_THEY_ARE, Request, fitting, prefix
 from cvae.run_directory import RunDirectory
@@ -74,22 +74,25 @@ def main(arguments: list[str]) -> int:
         return status
     for run in runs:
         _tell_mlflow(run)
-    print(_results(runs, options.split))
+    print(_results(runs, requests))
     return 0
 
 
 def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
-    inception = str(options.inception.resolve()) if options.inception else None
+    inception = digest = None
+    if options.inception is not None:
+        inception, digest = str(options.inception.resolve()), file_sha256(options.inception)
     requests = []
     for run in runs:
         experiment = run.experiment()
         data = experiment.data
         labelled = open_store(data.name, data.image_size).manifest.classes is not None
-        groups = fitting(experiment, labelled, options.metrics, inception)
+        groups = fitting(experiment, labelled, options.metrics, inception, options.split)
         if not any(run.checkpoints.glob("step-*")):
             raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
-        asked = Request(str(run.path), options.split, groups, options.iwae_samples, inception)
-        requests.append(asked)
+        requests.append(
+            Request(str(run.path), options.split, groups, options.iwae_samples, inception, digest)
+        )
     return requests
 
 
@@ -152,16 +155,16 @@ def _tell_mlflow(run: RunDirectory) -> None:
         print(f"note: {error}; later: python workflows/runs.py sync {run.name}")
 
 
-def _results(runs: list[RunDirectory], split: str) -> str:
+def _results(runs: list[RunDirectory], requests: list[Request]) -> str:
     """A line a metric, a column a run."""
-    start = f"{prefix(split)}/"
+    start = f"{prefix(requests[0].split)}/"
     found: list[dict[str, float]] = []
-    for run in runs:
-        lines = journal.read(run.journal_file)[0]
+    for run, asked in zip(runs, requests, strict=True):
+        lines = [x for x in journal.read(run.journal_file)[0] if x["kind"] == "evaluation"]
+        wanted = {asked.key(group) for group in asked.groups}
         metrics: dict[str, float] = {}
-        for line in sorted(
-            (x for x in lines if x["kind"] == "evaluation"), key=lambda x: x["step"]
-        ):
+        # Two keys may have one name of a metric, as FIDs by two networks: the one that was asked for counts.
+        for line in sorted(lines, key=lambda x: (x["step"], x["key"] in wanted)):
             metrics |= {k: v for k, v in line["metrics"].items() if k.startswith(start)}
         found.append(metrics)
     names = list(dict.fromkeys(name for metrics in found for name in metrics))

@@ -46,17 +46,16 @@ class CaptionMatch(NamedTuple):
         )
 
 
-def caption_match(trained: Trained) -> CaptionMatch:
-    """Draws one image for each caption of up to N_SCENES scenes of val, from fixed noise, and matches them.
+def caption_match(trained: Trained, split: Split | None = None) -> CaptionMatch:
+    """Draws one image for each caption of up to N_SCENES scenes of a split, from fixed noise, and matches them.
 
-    Raises UserError for a run that is not conditioned on text.
+    split: that of val by default. Raises UserError for a run that is not conditioned on text.
     """
     if trained.experiment.model.condition != "text":
         raise UserError(f"{trained.name} is not conditioned on captions")
-    scenes = distinct_scenes(trained.data.val)
-    condition = trained.data.condition(
-        trained.data.val, scenes.indices, np.zeros(len(scenes.indices))
-    )
+    split = split or trained.data.val
+    scenes = distinct_scenes(split)
+    condition = trained.data.condition(split, scenes.indices, np.zeros(len(scenes.indices)))
     drawn = sample(trained.model, trained.noise(len(scenes.indices)), condition)
     return CaptionMatch(scenes, drawn, nearest(drawn, scenes.images) == np.arange(len(drawn)))
 

@@ -65,7 +65,8 @@ def evaluate_elbo(
     }
     if by_text:
         metrics["text_gain"] = gain_sum / n
-        variance = max(0.0, gain_squares - gain_sum**2 / n) / (n - 1)
+        # In this order: max(0.0, nan) is 0.0.
+        variance = max(gain_squares - gain_sum**2 / n, 0.0) / (n - 1)
         metrics["text_gain_se"] = math.sqrt(variance / n)
     return metrics
 

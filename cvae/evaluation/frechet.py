@@ -4,6 +4,9 @@ FID is the distance in the features of one certain Inception network. Where the 
 network that is always the same stands in; its distances compare among themselves and are never called FID.
 """
 
+import hashlib
+import io
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,11 +57,17 @@ class RandomFeatures(nn.Module):
 class Inception(nn.Module):
     """A TorchScript Inception network as StyleGAN's metrics publish it: uint8 RGB images → features."""
 
-    def __init__(self, file: Path, device: torch.device):
-        """Raises UserError where the file is no such network."""
+    def __init__(self, file: Path, device: torch.device, sha256: str | None = None):
+        """Raises UserError if the file is no such network, or not the one of this sha256."""
         super().__init__()
         try:
-            self.network = torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"--inception {file}: cannot be read: {error.strerror}") from None
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(f"--inception {file}: has changed since the evaluation was asked for")
+        try:
+            self.network = torch.jit.load(io.BytesIO(content), map_location=device).eval()  # type: ignore[no-untyped-call]
             black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
             self.num_features = int(self.network(black, return_features=True).shape[1])
         except Exception as error:
@@ -93,8 +102,12 @@ def evaluate_frechet(subject: Subject, features: nn.Module, name: str) -> dict[s
         images, condition, noise = part.batch
         mean = subject.model.encode(to_unit(images), condition).mean
         latents = (mean, subject.model.draw_latent(noise, condition))
-        made = [to_bytes(subject.model.decode(latent, condition)) for latent in latents]
-        found: list[Tensor] = [features(_rgb(seen)) for seen in (images, *made)]
+        found: list[Tensor] = [features(_rgb(images))]
+        for latent in latents:
+            made = subject.model.decode(latent, condition)
+            # As bytes, what is not a number would be black.
+            whole = made.isfinite().flatten(1).all(1, keepdim=True)
+            found.append(features(_rgb(to_bytes(made))).where(whole, math.nan))
         return found
 
     with torch.inference_mode():
@@ -107,7 +120,8 @@ def evaluate_frechet(subject: Subject, features: nn.Module, name: str) -> dict[s
             for state in _STATES:
                 subject.ranks.sum(getattr(measure, state))
             measure.orig_dtype = torch.float64
-            distances.append(float(measure.compute()))
+            known = measure.fake_features_sum.isfinite().all()
+            distances.append(float(measure.compute()) if known else math.nan)
     return {f"{name}_reconstructions": distances[0], f"{name}_samples": distances[1]}
 
 

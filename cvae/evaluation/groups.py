@@ -37,11 +37,17 @@ class Request:
     """val | train"""
     groups: list[str]
     iwae_samples: int
-    inception: str | None
+    inception: str | None = None
+    """The file of the Inception network, and its sha256."""
+    inception_sha256: str | None = None
 
     def key(self, group: str) -> str:
-        """Under which the journal has a group's metrics, once a checkpoint."""
-        return f"{self.split}/{group}" + (f"-{self.iwae_samples}" if group == "iwae" else "")
+        """Returns under which key the journal has a group's metrics, once a checkpoint.
+
+        It holds whatever else than the checkpoint and the run's data the numbers depend on.
+        """
+        settings = {"iwae": str(self.iwae_samples), "fid": (self.inception_sha256 or "")[:16]}
+        return "-".join([f"{self.split}/{group}", *filter(None, [settings.get(group)])])
 
 
 def prefix(split: str) -> str:
@@ -50,11 +56,15 @@ def prefix(split: str) -> str:
 
 
 def fitting(
-    experiment: Experiment, labelled: bool, wanted: list[str] | None, inception: str | None
+    experiment: Experiment,
+    labelled: bool,
+    wanted: list[str] | None,
+    inception: str | None,
+    split: str = "val",
 ) -> list[str]:
-    """The wanted groups in their order, or all that fit a run.
+    """Returns the wanted groups in their order, or all that fit a run and a split.
 
-    labelled: whether its data have classes. Raises UserError where a wanted one is unknown or does not fit.
+    labelled: whether its data have classes. Raises UserError if a wanted one is unknown or does not fit.
     """
     condition = experiment.model.condition
     unfit = {
@@ -63,6 +73,9 @@ def fitting(
         "probe": None if labelled else f"needs labels, which {experiment.data.name} has not",
         "captions": None if condition == "text" else "is for models that are told a caption",
     }
+    if split != "val":
+        # Its samples are of no split, and it is itself trained on the training images.
+        unfit["classifier"] = unfit["classifier"] or f"judges samples, which no --split {split} has"
     if wanted is None:
         return [name for name in WHAT_THEY_ARE if unfit.get(name) is None]
     for name in wanted:

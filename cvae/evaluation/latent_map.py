@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,7 +43,7 @@ class LatentMap(NamedTuple):
 def latent_map(trained: Trained) -> LatentMap:
     """Map and probe of a run on its evaluated split; deterministic, about 20 s on two cores.
 
-    Raises UserError for data without labels.
+    Raises UserError for data without labels, and for a model whose μ is not finite.
     """
     val = trained.data.val
     if val.labels is None:
@@ -53,6 +54,8 @@ def latent_map(trained: Trained) -> LatentMap:
     rows = _spread(len(val), _PROBED)
     condition = trained.data.condition(val, rows, np.zeros(len(rows)))
     means = encode(trained.model, val.images[rows], condition).reshape(len(rows), -1)
+    if not np.isfinite(means).all():
+        raise UserError(f"{trained.name}: a latent map needs finite numbers; μ of this run is NaN")
     labels = val.labels[rows]
     shown = _spread(len(rows), _SHOWN)
     kind = "plain VAE" if trained.data.condition_dim == 0 else "CVAE"
@@ -65,18 +68,24 @@ def latent_map(trained: Trained) -> LatentMap:
 
 
 def linear_probe(means: NDArray[np.float32], labels: NDArray[np.int64]) -> Probe:
-    """Logistic regression on standardised μ (n, d), fitted to one half of the images, tested on the other."""
+    """Logistic regression on standardised μ (n, d), fitted to one half of the images, tested on the other.
+
+    The accuracy is NaN if a μ is not finite, or if the fitted half has fewer than two classes.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     order = np.random.default_rng(_SEED).permutation(len(labels))
     fit, test = np.array_split(order, 2)
+    chance = float(np.bincount(labels[test]).max() / len(test)) if len(test) else math.nan
+    if not np.isfinite(means).all() or len(np.unique(labels[fit])) < 2 or not len(test):
+        return Probe(math.nan, chance, len(test))
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
     model.fit(means[fit], labels[fit])
     return Probe(
         accuracy=float(model.score(means[test], labels[test])),
-        chance=float(np.bincount(labels[test]).max() / len(test)),
+        chance=chance,
         n_test=len(test),
     )
 

@@ -1,5 +1,7 @@
 """What the latent dimensions are used for."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -33,7 +35,8 @@ def active_units(subject: Subject) -> dict[str, float]:
     n = len(subject.split)
     first, second = subject.ranks.sum(sums) / n
     variance = second - first.square()
-    return {"active_units": float((variance > _ACTIVE).sum())}
+    active = float((variance > _ACTIVE).sum()) if variance.isfinite().all() else math.nan
+    return {"active_units": active}
 
 
 def probe(subject: Subject) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Evaluates runs by groups of metrics; called once in every rank's process."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from cvae.evaluation.iwae import evaluate_iwae
 from cvae.evaluation.latents import active_units, probe
 from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.evaluation.subject import Subject
-from cvae.inference import sample
+from cvae.inference import is_finite, sample
 from cvae.paths import write_atomically
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
@@ -121,14 +122,14 @@ def _reconstruction(subject: Subject, asked: Request, writer: Journal | None) ->
 
 def _fid(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
     assert asked.inception is not None
-    network = Inception(Path(asked.inception), subject.ranks.device)
+    network = Inception(Path(asked.inception), subject.ranks.device, asked.inception_sha256)
     return evaluate_frechet(subject, network, "fid")
 
 
 def _classifier(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
     """On rank 0 alone: two thousand samples."""
-    found: dict[str, float] = {}
-    if subject.ranks.is_first:
+    found = {"sample_accuracy": math.nan, "classifier_real_accuracy": math.nan}
+    if subject.ranks.is_first and is_finite(subject.model):
         trained = subject.trained
         judge = reference_classifier(trained.data, trained.device)
         labels = np.repeat(np.arange(len(trained.classes)), _SAMPLES_PER_CLASS)
@@ -143,9 +144,9 @@ def _classifier(subject: Subject, asked: Request, writer: Journal | None) -> dic
 
 def _captions(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
     """On rank 0 alone: some dozens of drawings."""
-    found: dict[str, float] = {}
-    if subject.ranks.is_first:
-        match = caption_match(subject.trained)
+    found = {"caption_match": math.nan, "caption_match_chance": math.nan}
+    if subject.ranks.is_first and is_finite(subject.model):
+        match = caption_match(subject.trained, subject.split)
         found = {"caption_match": match.share, "caption_match_chance": match.chance}
     return subject.ranks.tell(found)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from cvae.config import Experiment
+from cvae.data.store import file_sha256
 from cvae.errors import UserError
+from cvae.evaluation.caption_match import caption_match
 from cvae.evaluation.groups import WHAT_THEY_ARE, Request, fitting
 from cvae.evaluation.latents import active_units
-from cvae.evaluation.run import evaluate_runs
+from cvae.evaluation.run import _GROUPS, evaluate_runs
 from cvae.evaluation.subject import Subject
 from cvae.run_directory import RunDirectory
 from cvae.sampling import load_run
@@ -40,7 +42,7 @@ def evaluate_on(world_size: int, runs: list[RunDirectory], folder: Path) -> list
     """All in the same processes: starting them takes longer than evaluating."""
     asked = json.dumps([asdict(request(run)) for run in runs])
     code = (
-        "import json, sys; from pathlib import Path; from cvae.evaluation.run import evaluate_runs\n"
+        "import json, sys; from pathlib import Path; from cvae.evaluation.run import _GROUPS, evaluate_runs\n"
         "evaluate_runs(json.loads(sys.argv[1]), Path(sys.argv[2]))"
     )
     said = finish(start_python(["-c", code, asked, str(folder / "progress")], world_size))
@@ -79,6 +81,53 @@ def test_a_checkpoint_is_measured_once(tiny_store: Path, tmp_path: Path) -> None
     assert {line["step"] for line in lines(run, "evaluation")} == {7}
     evaluate_runs([asdict(request(run, ["elbo"], split="train"))], tmp_path / "progress")
     assert lines(run, "evaluation")[-1]["metrics"]["eval_train/loss"] > 0
+
+
+def test_a_second_inception_network_is_asked_itself(tiny_store: Path, tmp_path: Path) -> None:
+    run = make_run()
+
+    class Brightness(torch.nn.Module):
+        def __init__(self, scale: float):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return images[:, :, :8].float().mean(dim=(2, 3))[:, :2] * self.scale
+
+    file = tmp_path / "inception.pt"
+    found = []
+    for scale in (1.0, 3.0):
+        torch.jit.script(Brightness(scale)).save(str(file))
+        asked = replace(request(run, []), groups=["fid"], inception=str(file))
+        asked = replace(asked, inception_sha256=file_sha256(file))
+        for _ in range(2):
+            evaluate_runs([asdict(asked)], tmp_path / "progress")
+        found.append(lines(run, "evaluation")[-1]["metrics"]["eval/fid_samples"])
+    assert found[1] == pytest.approx(9 * found[0], rel=1e-3)
+    assert len(lines(run, "evaluation")) == 2
+    file.write_bytes(b"another")
+    with pytest.raises(UserError, match=r"inception\.pt: has changed since"):
+        evaluate_runs(
+            [asdict(replace(asked, iwae_samples=6, split="train"))], tmp_path / "progress"
+        )
+
+
+def test_another_split_is_really_another(tiny_captioned_store: Path, tmp_path: Path) -> None:
+    run = make_run(captioned=True)
+    trained = load_run(run, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    by_split = {
+        split: caption_match(trained, split).scenes.captions
+        for split in (trained.data.val, trained.data.train)
+    }
+    assert all(text.startswith("train") for text in by_split[trained.data.train])
+    asked = Subject(trained, trained.data.train, ranks, lambda images: None)
+    found = _GROUPS["captions"](asked, request(run, ["captions"], "train"), None)
+    assert found["caption_match_chance"] == 1 / 32  # val has 21 images, train 50
+    labelled = Experiment.model_validate(tiny_experiment())
+    assert "classifier" not in fitting(labelled, True, None, None, "train")
+    with pytest.raises(UserError, match="judges samples"):
+        fitting(labelled, True, ["classifier"], None, "train")
 
 
 def test_extremes_are_the_worst_and_the_best(tiny_store: Path, tmp_path: Path) -> None:
@@ -129,11 +178,16 @@ def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: 
         evaluate_runs([asdict(request(run, ["elbo"]))], tmp_path / "progress")
 
 
-def test_numbers_that_are_none_are_told_as_such(tiny_store: Path, tmp_path: Path) -> None:
-    run = make_run()
+@pytest.mark.parametrize("captioned", [False, True])
+def test_numbers_that_are_none_are_told_as_such(
+    captioned: bool, tiny_store: Path, tiny_captioned_store: Path, tmp_path: Path
+) -> None:
+    run = make_run(captioned=captioned)
     trained = load_run(run, torch.device("cpu"))
     weights = {name: tensor * np.nan for name, tensor in trained.model.state_dict().items()}
     save_weights(run, weights, step=9)
-    evaluate_runs([asdict(request(run, ["elbo", "iwae"]))], tmp_path / "progress")
-    assert math.isnan(measured(run)["eval/loss"])
-    assert math.isnan(measured(run)["eval/iwae_5"])
+    evaluate_runs([asdict(request(run))], tmp_path / "progress")
+    # A picture of NaN is black: it must not be judged as one.
+    known = {name for name, value in measured(run).items() if not math.isnan(value)}
+    assert known <= {"eval/linear_probe_chance"}
+    assert {"eval/loss", "eval/iwae_5", "eval/frechet_r64_samples"} <= set(measured(run))
