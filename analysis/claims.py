@@ -1,8 +1,11 @@
 """The paper's claims, each put to the test by the runs at hand: effect, interval, verdict.
 
-Values are compared between runs that agree in everything else, paired by seed (analysis.intervals). "No better" is
-a claim about one side: it is supported where the interval excludes that the system is better, contradicted where
-it is decidedly better, and not decided where the interval holds zero.
+Values are compared between runs that agree in everything else, paired by seed (analysis.intervals). Runs that
+differ in more than the claim is about are not compared, and the keys are named.
+
+No difference is ever exactly zero, so "no better" is judged by a margin, with the two one-sided tests of
+Schuirmann 1987 at 95 %. It is supported if a bound excludes that the system is better by more than MARGIN (it is
+equivalent, or worse), contradicted if the other bound says that it is better by more, and else not decided.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,13 @@ import pandas as pd
 from analysis.intervals import Interval, changed_keys, compare, interval, paired_difference, usable
 from analysis.material import MEANING
 
-NOT_TESTED = "not tested"
+NOT_TESTED, NOT_COMPARABLE = "not tested", "not comparable"
+MARGIN = 5.0
+"""Nats per image of val/loss: a smaller difference is none."""
+_ONE_SIDED = 0.90
+"""The two-sided interval whose bounds are each of a one-sided test at 95 %."""
+# What a run reads; data_digest is of these files.
+_STORE = ("data.name", "data.image_size", "data.train", "data.val", "data.text_encoder")
 _SWEEP = "python workflows/sweep.py configs/sweeps"
 _COLUMNS = (
     "claim", "where", "verdict", "metric", "effect", "low", "high", "seeds", "setting", "why",
@@ -25,10 +34,18 @@ class Found(NamedTuple):
     """What the runs say about one claim."""
 
     effect: Interval
+    bounds: Interval
+    """The same effect, with one-sided bounds of 95 %."""
     metric: str
     runs: pd.DataFrame
     """Those that enter."""
     why: str
+
+
+class Refused(NamedTuple):
+    """The runs that a claim is about cannot be compared: they differ in these keys, too."""
+
+    keys: list[str]
 
 
 class Claim(NamedTuple):
@@ -37,18 +54,21 @@ class Claim(NamedTuple):
     """In the paper, as far as it is known here."""
     supported_by: str
     """lower | higher: the sign of an effect that supports it."""
-    find: Callable[[pd.DataFrame], Found | None]
+    find: Callable[[pd.DataFrame], Found | Refused | None]
     data: str
     """What the paper used."""
     needs: str
     """The command that makes runs to test it."""
+    margin: float | None = None
+    """Of a claim that one system is no better than another."""
 
 
 def judge(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a claim.
 
-    Columns: claim, where, verdict (supported | contradicted | not decided | one seed | not tested), metric, effect
-    with its 95 % interval (low, high), seeds, setting (of these runs, and the paper's), why.
+    Columns: claim, where, verdict (supported | contradicted | not decided | one seed | not comparable | not
+    tested), metric, effect with its 95 % interval (low, high), seeds, setting (of these runs, and the paper's),
+    why.
     """
     return pd.DataFrame([_row(claim, runs) for claim in CLAIMS], columns=list(_COLUMNS))
 
@@ -58,9 +78,17 @@ def _row(claim: Claim, runs: pd.DataFrame) -> dict[str, Any]:
     found = claim.find(runs) if len(runs) else None
     if found is None:
         return {**told, "verdict": NOT_TESTED, "why": f"needs other runs: {claim.needs}"}
+    if isinstance(found, Refused):
+        keys = ", ".join(found.keys)
+        why = f"these runs differ in {keys}, too: choose alike ones with --runs"
+        return {**told, "verdict": NOT_COMPARABLE, "why": why}
     mean, low, high, n = found.effect
+    why = found.why
     verdict = "one seed" if n == 1 else "not decided"
-    if found.effect.decided:
+    if claim.margin is not None and n > 1:
+        verdict, reason = _no_better(found.bounds, claim.margin)
+        why = f"{reason}; {why}"
+    elif found.effect.decided:
         sign = "lower" if mean < 0 else "higher"
         verdict = "supported" if sign == claim.supported_by else "contradicted"
     setting = _setting(found.runs, claim.data)
@@ -71,8 +99,19 @@ def _row(claim: Claim, runs: pd.DataFrame) -> dict[str, Any]:
         "metric": found.metric,
         **numbers,
         "setting": setting,
-        "why": found.why,
+        "why": why,
     }
+
+
+def _no_better(bounds: Interval, margin: float) -> tuple[str, str]:
+    """The verdict on "no better" by one-sided bounds of a difference of losses, and its reason."""
+    told = f"one-sided 95 % bounds {bounds.low:.3g} and {bounds.high:.3g}, margin ±{margin:g} nats"
+    if bounds.low > -margin:
+        kind = "equivalent" if bounds.high < margin else "not better by the margin"
+        return "supported", f"{kind}: {told}"
+    if bounds.high < -margin:
+        return "contradicted", f"better by more than the margin: {told}"
+    return "not decided", told
 
 
 def _setting(runs: pd.DataFrame, published: str) -> str:
@@ -109,29 +148,108 @@ def _of(runs: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
     return runs
 
 
-def _between(runs: pd.DataFrame, key: str, first: str, second: str, metric: str) -> Found | None:
-    """second − first of a key, over the seeds of the mean over all settings that both have."""
+def _between(
+    runs: pd.DataFrame, key: str, first: str, second: str, metric: str
+) -> Found | Refused | None:
+    """second − first of a key, over the seeds of the mean over all settings of the model that both have."""
     runs = usable(_of(runs, **{key.replace(".", "_", 1): [first, second]}), metric)
-    best: Found | None = None
+    if runs.empty or runs[key].nunique() < 2:
+        return None
+    runs = _without_inert(runs, key)
+    best: Found | Refused | None = None
     for _, alike in runs.groupby([key for key in MEANING if key in runs], dropna=False):
-        rows = compare(alike, key, metric)
-        if rows.empty:
-            continue
-        sign = 1 if rows["first"].iloc[0] == first else -1
-        pooled = rows.iloc[0]
-        low, high = sorted((sign * float(pooled["low"]), sign * float(pooled["high"])))
-        effect = Interval(sign * float(pooled["difference"]), low, high, int(pooled["seeds"]))
-        each = [
-            f"{row['setting'] or 'alone'}: {sign * row['difference']:+.3g}"
-            for _, row in rows.iterrows()
-        ]
-        why = f"{metric} of {second} minus that of {first}; {'; '.join(each)}"
-        if best is None or effect.n > best.effect.n:
-            best = Found(effect, metric, alike, why)
-    return best
+        found = _pooled(alike, key, first, second, metric)
+        if isinstance(found, Found) and not (
+            isinstance(best, Found) and best.effect.n >= found.effect.n
+        ):
+            best = found
+        best = best or found
+    return best or Refused(_differing(runs, {key}) or ["seed"])
 
 
-def _mixes_classes(runs: pd.DataFrame) -> Found | None:
+def _pooled(
+    alike: pd.DataFrame, key: str, first: str, second: str, metric: str
+) -> Found | Refused | None:
+    if alike[key].nunique() < 2:
+        return None
+    # Settings of the model are a design, whose mean is an effect; no other key may differ.
+    foreign = [name for name in _differing(alike, {key}) if not name.startswith("model.")]
+    if foreign:
+        return Refused(foreign)
+    rows = compare(alike, key, metric)
+    whole = len(rows) == 1 or (len(rows) and str(rows["setting"].iloc[0]).startswith("mean over"))
+    if not whole:
+        return Refused(_differing(alike, {key}) or ["seed"])
+    one_sided = compare(alike, key, metric, _ONE_SIDED)
+    sign = 1 if rows["first"].iloc[0] == first else -1
+    each = [
+        f"{row['setting'] or 'alone'}: {sign * row['difference']:+.3g}"
+        for _, row in rows.iterrows()
+    ]
+    why = f"{metric} of {second} minus that of {first}; {'; '.join(each)}"
+    return Found(_turned(rows, sign), _turned(one_sided, sign), metric, alike, why)
+
+
+def _turned(rows: pd.DataFrame, sign: int) -> Interval:
+    """The first row's difference, of the other sign for -1."""
+    row = rows.iloc[0]
+    low, high = sorted((sign * float(row["low"]), sign * float(row["high"])))
+    return Interval(sign * float(row["difference"]), low, high, int(row["seeds"]))
+
+
+def _sides(
+    first: pd.DataFrame, second: pd.DataFrame, free: Callable[[str], bool], why: str
+) -> Found | Refused | None:
+    """second − first of val/loss of two systems, each of one setting, that differ in nothing but what is free."""
+    if first.empty or second.empty:
+        return None
+    both = pd.concat([first, second])
+    keys = [key for key in _differing(both, set()) if not free(key)]
+    for side in (first, second):
+        keys += [key for key in _differing(side, set()) if key not in keys]
+    if keys:
+        return Refused(keys)
+    pairs = pd.DataFrame({"first": _by_seed(first), "second": _by_seed(second)}).dropna()
+    if pairs.empty:
+        return Refused(["seed"])
+    values = pairs["first"], pairs["second"]
+    bounds = paired_difference(*values, level=_ONE_SIDED)
+    return Found(paired_difference(*values), bounds, "val/loss", both, why)
+
+
+def _differing(runs: pd.DataFrame, free: set[str]) -> list[str]:
+    """What else than the seed and the free keys differs among runs, and so forbids a mean of them."""
+    found = [key for key in changed_keys(runs) if key not in free | {"seed"}]
+    store = [key for key in _STORE if key in runs]
+    if "data_digest" in runs and store:
+        by_store = runs.groupby(store, dropna=False)["data_digest"].nunique()
+        if (by_store > 1).any():
+            found.append("data_digest (the data were prepared anew)")
+    return found
+
+
+def _without_inert(runs: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The runs without the options of backbones that are not their own: those change nothing.
+
+    If backbones are compared, each brings its own options, which are no second difference.
+    """
+    runs = runs.copy()
+    for name in [name for name in runs if _is_option(str(name))]:
+        backbone = str(name).split(".")[1]
+        own = runs["model.backbone"] == backbone
+        if key == "model.backbone" and runs[name][own].map(str).nunique() <= 1:
+            runs = runs.drop(columns=name)
+        else:
+            runs[name] = runs[name].astype(object).where(own, None)
+    return runs
+
+
+def _is_option(key: str) -> bool:
+    """Whether a key is an option of one backbone, as model.conv.width."""
+    return key.startswith("model.") and key.count(".") == 2
+
+
+def _mixes_classes(runs: pd.DataFrame) -> Found | Refused | None:
     found = _between(
         _of(runs, data_name="fashion_mnist"),
         "model.condition",
@@ -139,71 +257,69 @@ def _mixes_classes(runs: pd.DataFrame) -> Found | None:
         "label",
         "eval/linear_probe",
     )
-    return found and found._replace(
-        why=f"a linear probe reads the class from μ; less is more mixed. {found.why}"
-    )
+    if not isinstance(found, Found):
+        return found
+    why = f"a linear probe reads the class from μ; less is more mixed. {found.why}"
+    return found._replace(why=why)
 
 
-def _concat_beats_add(runs: pd.DataFrame) -> Found | None:
+def _concat_beats_add(runs: pd.DataFrame) -> Found | Refused | None:
     return _between(_of(runs, model_condition="text"), "model.fusion", "add", "concat", "val/loss")
 
 
-def _resnet(runs: pd.DataFrame) -> Found | None:
-    # Options of a backbone that is not the run's own are no difference.
+def _resnet(runs: pd.DataFrame) -> Found | Refused | None:
     return _between(
         _of(runs, model_condition="text"), "model.backbone", "conv", "resnet", "val/loss"
     )
 
 
-def _small_ldm(runs: pd.DataFrame) -> Found | None:
+def _small_ldm(runs: pd.DataFrame) -> Found | Refused | None:
     """The LDM on 5 % against the baseline on 30 %: paired by seed, though latent and data differ as published."""
     text = usable(
         _of(runs, data_name="coco", model_condition="text", model_fusion="concat"), "val/loss"
     )
-    ldm = _of(text, model_backbone="ldm", data_fraction=0.05)
-    conv = _of(text, model_backbone="conv", data_fraction=0.3)
-    pairs = pd.DataFrame({"ldm": _by_seed(ldm), "conv": _by_seed(conv)}).dropna()
-    both = pd.concat([ldm, conv])
-    if pairs.empty or any(both[key].nunique() > 1 for key in MEANING):
-        return None
-    effect = paired_difference(pairs["conv"], pairs["ldm"])
-    return Found(
-        effect, "val/loss", both, "val/loss of ldm (5 % of the data) minus that of conv (30 %)"
+    published = ("model.backbone", "model.latent", "model.latent_dim", "data.fraction")
+    return _sides(
+        _own(_of(text, model_backbone="conv", data_fraction=0.3)),
+        _own(_of(text, model_backbone="ldm", data_fraction=0.05)),
+        lambda key: key in published or _is_option(key),
+        "val/loss of ldm (5 % of the data) minus that of conv (30 %)",
     )
 
 
-def _more_data(runs: pd.DataFrame) -> Found | None:
+def _own(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of one backbone, without the options of the others."""
+    return _without_inert(runs, "") if len(runs) else runs
+
+
+def _more_data(runs: pd.DataFrame) -> Found | Refused | None:
     text = usable(_of(runs, model_condition="text", model_backbone="ldm"), "val/loss")
     if text.empty or text["data.fraction"].nunique() < 2:
         return None
     least, most = text["data.fraction"].min(), text["data.fraction"].max()
-    ends = _of(text, data_fraction=[least, most])
-    if set(changed_keys(ends)) - {"data.fraction", "seed"}:
-        return None
-    pairs = pd.DataFrame(
-        {
-            "least": _by_seed(_of(ends, data_fraction=least)),
-            "most": _by_seed(_of(ends, data_fraction=most)),
-        }
-    ).dropna()
-    if pairs.empty:
-        return None
-    why = f"val/loss with data.fraction {most:g} minus that with {least:g}"
-    return Found(paired_difference(pairs["least"], pairs["most"]), "val/loss", ends, why)
+    return _sides(
+        _own(_of(text, data_fraction=least)),
+        _own(_of(text, data_fraction=most)),
+        lambda key: key == "data.fraction",
+        f"val/loss with data.fraction {most:g} minus that with {least:g}",
+    )
 
 
-def _samples_match(runs: pd.DataFrame) -> Found | None:
+def _samples_match(runs: pd.DataFrame) -> Found | Refused | None:
     metric, real, chance = "eval/sample_accuracy", "eval/classifier_real_accuracy", 0.1
     alike = usable(_of(runs, data_name="fashion_mnist", model_condition="label"), metric)
-    if alike.empty or set(changed_keys(alike)) - {"seed"}:
+    if alike.empty:
         return None
-    accuracy = alike[metric].astype(float)
+    if keys := _differing(_own(alike), set()):
+        return Refused(keys)
+    # Repetitions of a seed are one value.
+    accuracy = alike[metric].astype(float).groupby(alike["seed"]).mean()
     found = interval(accuracy - chance)
     why = (
         f"share of samples that a classifier takes for the class they were drawn for, less chance ({chance:.0%});"
         f" {accuracy.mean():.1%} of samples, {alike[real].astype(float).mean():.1%} of real images"
     ).replace("%", " %")
-    return Found(found, metric, alike, why)
+    return Found(found, interval(accuracy - chance, level=_ONE_SIDED), metric, alike, why)
 
 
 def _by_seed(runs: pd.DataFrame) -> pd.Series:
@@ -223,12 +339,12 @@ CLAIMS = (
     ),
     Claim(
         "A ResNet is no better than the convolutional baseline at the same data and epochs.",
-        "the ResNet experiment", "higher", _resnet, _COCO, f"{_SWEEP}/ablation.yaml",
+        "the ResNet experiment", "higher", _resnet, _COCO, f"{_SWEEP}/ablation.yaml", MARGIN,
     ),
     Claim(
         "The LDM autoencoder on 5 % of the data is no better than the baseline.",
         "the LDM experiment", "higher", _small_ldm, "COCO 64 pixels, 5 % beside 30 %, one run each",
-        "configs/coco_ldm_5pct.yaml and configs/coco_baseline.yaml with some seeds",
+        "configs/coco_ldm_5pct.yaml and configs/coco_baseline.yaml with some seeds", MARGIN,
     ),
     Claim(
         "The LDM autoencoder improves with all of the data (conjecture).", "outlook", "lower", _more_data,

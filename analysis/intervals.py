@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -11,12 +11,20 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from cvae.errors import UserError, did_you_mean
+
 _LEVEL, _RESAMPLES = 0.95, 9_999
 # Below, a resample of n values has too few distinct ones to tell a tail: see tests/analysis/test_intervals.py.
 _LEAST_FOR_RESAMPLING = 10
 _BLOCKS = ("data.", "model.", "optimizer.", "training.", "checkpoint.")
 # By design these change nothing of what a run learns.
 _WITHOUT_EFFECT = ("training.log_every", "training.micro_batch_size", "training.engine")
+# Null without captions: that follows from the condition and is no difference of its own.
+_FOLLOWS = ("data.text_encoder",)
+_COMPARED = (
+    "first", "second", "setting", "metric", "first mean", "first se", "second mean", "second se", "difference",
+    "low", "high", "seeds", "verdict",
+)  # fmt: skip
 
 
 class Summary(NamedTuple):
@@ -46,8 +54,8 @@ def summary(values: ArrayLike) -> Summary:
     return Summary(float(x.mean()), se, len(x))
 
 
-def interval(values: ArrayLike, seed: int = 0) -> Interval:
-    """95 % bootstrap interval of the mean, studentised (Efron & Tibshirani 1993, section 12.5).
+def interval(values: ArrayLike, seed: int = 0, level: float = _LEVEL) -> Interval:
+    """Returns a bootstrap interval of the mean, studentised (Efron & Tibshirani 1993, section 12.5).
 
     From ten values on they are resampled. Of fewer, as seeds usually are, the bootstrap is parametric: resamples
     of a normal distribution, whose studentised mean is Student's t in closed form. (The percentile bootstrap of
@@ -57,19 +65,22 @@ def interval(values: ArrayLike, seed: int = 0) -> Interval:
     mean, se, n = summary(x)
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
+    tails = [(1 - level) / 2, (1 + level) / 2]
     if n < _LEAST_FOR_RESAMPLING or se == 0:
-        low, high = stats.t.ppf([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], n - 1)
+        low, high = stats.t.ppf(tails, n - 1)
     else:
         drawn = np.random.default_rng(seed).choice(x, (_RESAMPLES, n))
         spread = drawn.std(1, ddof=1) / math.sqrt(n)
         t = (drawn.mean(1) - mean)[spread > 0] / spread[spread > 0]
-        low, high = np.quantile(t, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        low, high = np.quantile(t, tails)
     return Interval(mean, float(mean - high * se), float(mean - low * se), n)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
-    """Interval of second − first, paired by position. Raises ValueError where a value is not finite."""
-    return interval(_finite(second) - _finite(first), seed)
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, seed: int = 0, level: float = _LEVEL
+) -> Interval:
+    """Returns the interval of second − first, paired by position. Raises ValueError if a value is not finite."""
+    return interval(_finite(second) - _finite(first), seed, level)
 
 
 def config_keys(runs: pd.DataFrame) -> list[str]:
@@ -80,8 +91,11 @@ def config_keys(runs: pd.DataFrame) -> list[str]:
 
 def changed_keys(runs: pd.DataFrame) -> list[str]:
     """Those of config_keys() that differ among the runs and can change a result."""
-    # A trial that has not begun has no configuration yet.
-    return [key for key in _with_effect(runs) if runs[key].dropna().map(str).nunique() > 1]
+    keys = _with_effect(runs)
+    # A trial that has not begun has no configuration yet. In all others null is a value like any other.
+    begun = runs[runs[keys].notna().any(axis=1)]
+    several = [key for key in keys if begun[key].nunique(dropna=key in _FOLLOWS) > 1]
+    return [key for key in several if begun[key].map(_label).nunique() > 1]
 
 
 def usable(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -92,24 +106,35 @@ def usable(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     return runs[(runs["status"] == "finished") & np.isfinite(values)]
 
 
-def compare(runs: pd.DataFrame, key: str, metric: str) -> pd.DataFrame:
+def compare(runs: pd.DataFrame, key: str, metric: str, level: float = _LEVEL) -> pd.DataFrame:
     """What changing one key does to a metric: a row a pair of its values and a setting of the other keys.
 
     Pairs are usable runs that agree in everything but the key, the seed included. Columns: first, second (values
     of the key), setting (the others that differ), metric, mean and se of each, difference (second − first), low,
-    high, seeds, verdict (lower | higher | not decided | one seed) of the second. Where several settings have
+    high, seeds, verdict (lower | higher | not decided | one seed) of the second. If several settings have
     pairs, a first row takes their mean seed by seed, so that its interval is over seeds as well.
+
+    Raises UserError, with the nearest name, for a key or a metric that no run has.
     """
+    if key not in runs:
+        near = did_you_mean(key, config_keys(runs))
+        raise UserError(f"{key}: no key of these runs' experiments{near}")
+    if metric not in runs:
+        metrics = [name for name in map(str, runs) if "/" in name]
+        near = did_you_mean(metric, metrics) or f"; they have {', '.join(metrics) or 'none'}"
+        raise UserError(f"{metric}: no run here has such a metric{near}")
     runs = usable(runs, metric)
     others = [name for name in changed_keys(runs) if name not in (key, "seed")]
+    told = {name: _told(runs, name) for name in others}
     cells = pd.DataFrame(
         {
-            "value": runs[key].map(_shown) if key in runs else None,
+            "value": runs[key].map(_told(runs, key)),
             "setting": [
-                ", ".join(f"{o}={_shown(row[o])}" for o in others) for _, row in runs.iterrows()
+                ", ".join(f"{name}={told[name](row[name])}" for name in others)
+                for _, row in runs.iterrows()
             ],
             "seed": runs["seed"],
-            "metric": runs[metric].astype(float) if metric in runs else None,
+            "metric": runs[metric].astype(float),
         }
     )
     rows = []
@@ -130,9 +155,9 @@ def compare(runs: pd.DataFrame, key: str, metric: str) -> pd.DataFrame:
             if len(found):
                 rows.append(
                     {"first": first, "second": second, "setting": setting, "metric": metric}
-                    | _row(found)
+                    | _row(found, level)
                 )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(_COMPARED))
 
 
 def importance(runs: pd.DataFrame, metric: str) -> pd.Series:
@@ -163,9 +188,9 @@ def importance(runs: pd.DataFrame, metric: str) -> pd.Series:
     return pd.Series(found, dtype=float)
 
 
-def _row(pairs: pd.DataFrame) -> dict[str, Any]:
+def _row(pairs: pd.DataFrame, level: float) -> dict[str, Any]:
     first, second = summary(pairs["a"]), summary(pairs["b"])
-    found = paired_difference(pairs["a"], pairs["b"])
+    found = paired_difference(pairs["a"], pairs["b"], level=level)
     verdict = "one seed" if found.n == 1 else "not decided"
     if found.decided:
         verdict = "lower" if found.mean < 0 else "higher"
@@ -209,6 +234,21 @@ def _numeric(values: Sequence[Any] | pd.Series) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _told(runs: pd.DataFrame, key: str) -> Callable[[Any], str]:
+    """How the values of a key are written: short, if that tells them apart."""
+    values = runs[key]
+    short = values.map(_shown).nunique() == values.map(_label).nunique()
+    return _shown if short else _label
+
+
+def _label(value: Any) -> str:
+    """The value as text that tells any two apart; of numbers, 1 and 1.0 are the same."""
+    if pd.isna(value):
+        return "null"
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return repr(float(value)) if is_number else str(value)
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pa_json
+from pydantic import BaseModel
 
 from cvae import plain_yaml, yaml_model
+from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.paths import printable
 from cvae.run_directory import RunDirectory
@@ -69,8 +72,30 @@ def config(file: Path) -> dict[str, Any]:
         return {}
     leaves = yaml_model.flatten(tree) if isinstance(tree, dict) else {}
     plain = {key: str(value) if isinstance(value, list) else value for key, value in leaves.items()}
+    plain = with_defaults(plain)
     plain["experiment"] = plain.pop("name", None)
     return plain
+
+
+def with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
+    """Adds the keys that an experiment of an older version does not name: it ran with their defaults."""
+    return _defaults() | keys if "model.backbone" in keys else keys
+
+
+@lru_cache
+def _defaults() -> dict[str, Any]:
+    def leaves(block: type[BaseModel], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, field in block.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found |= leaves(inner, f"{prefix}{name}.")
+            elif not field.is_required():
+                value = field.get_default(call_default_factory=True)
+                found[prefix + name] = str(list(value)) if isinstance(value, tuple) else value
+        return found
+
+    return leaves(Experiment, "")
 
 
 def points(file: Path) -> pa.Table:

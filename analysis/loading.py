@@ -3,7 +3,7 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +113,8 @@ def curves(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Data
     metrics: names, as ["train/loss", "val/loss"]; None for all. epoch is known of evaluations alone; time in unix
     seconds. Journals are read once: Parquet files in $CVAE_HOME/.analysis hold what has been read. Of runs that
     only an MLflow server has (no database we can read), a curve has at most 2,500 points, which it picks.
+
+    Raises UserError, with the nearest name, for a metric that none of the runs has, if they have any.
     """
     folders = {name: Path(path) for name, path in frame["path"].dropna().items()}
     elsewhere = frame[frame["path"].isna()]["mlflow_id"].dropna()
@@ -130,6 +132,7 @@ def curves(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Data
             bar.update()
     for name, table in tracking.points(dict(elsewhere.items()), metrics):
         tables.append(_labelled(name, table))
+    _check_there(tables, metrics, folders, dict(elsewhere.items()))
     whole = pa.concat_tables(
         [t for t in tables if len(t)] or [_labelled("", journals.SCHEMA.empty_table())]
     )
@@ -137,6 +140,26 @@ def curves(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Data
         split_blocks=True, self_destruct=True
     )
     return found
+
+
+def _check_there(
+    tables: Sequence[pa.Table],
+    metrics: Sequence[str] | None,
+    folders: Mapping[Any, Path],
+    elsewhere: Mapping[str, str],
+) -> None:
+    there = {name for table in tables for name in table["metric"].unique().to_pylist()}
+    lacking = [name for name in metrics or () if name not in there]
+    if not lacking:
+        return
+    known = {
+        name for path in folders.values() for name in _points(path)["metric"].unique().to_pylist()
+    }
+    for _, table in tracking.points(elsewhere, None):
+        known.update(table["metric"].unique().to_pylist())
+    if known:
+        near = did_you_mean(lacking[0], known) or f"; they have {', '.join(sorted(known))}"
+        raise UserError(f"{lacking[0]}: none of these runs has such a metric{near}")
 
 
 def _is_nan(name: str, value: object) -> bool:

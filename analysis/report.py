@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         found = runs(options.experiment, sweep=options.sweep, names=options.runs)
-        points = curves(found, _CURVES)
+        points = curves(
+            found, [name for name in _CURVES if name in found and found[name].notna().any()]
+        )
     notes = [str(warning.message) for warning in told if warning.category is UserWarning]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

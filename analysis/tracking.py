@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from analysis.journals import SCHEMA
+from analysis.journals import SCHEMA, with_defaults
 from cvae import paths
 from cvae.errors import UserError
 from cvae.redaction import without_password
@@ -83,7 +83,7 @@ def _facts(client: Any, experiment: str | None, names: Sequence[str]) -> dict[st
 
 def _row(run: Any) -> dict[str, Any]:
     tags, info = run.data.tags, run.info
-    row = {key: _typed(value) for key, value in run.data.params.items()}
+    row = with_defaults({key: _typed(value) for key, value in run.data.params.items()})
     row["experiment"] = row.pop("name", None)
     end = info.end_time or info.start_time
     seconds = (end - info.start_time) / 1000

@@ -1,10 +1,14 @@
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.claims import judge
+from analysis.claims import CLAIMS, MARGIN, _no_better, _row, judge
+from analysis.intervals import config_keys, interval
+from analysis.journals import with_defaults
+from analysis.material import MEANING
 
 
 def run(name: str, seed: int, loss: float, **keys: Any) -> dict[str, Any]:
@@ -19,6 +23,7 @@ def run(name: str, seed: int, loss: float, **keys: Any) -> dict[str, Any]:
         "data.image_size": 64,
         "data.fraction": 0.3,
         "data.val": "val",
+        "data.text_encoder": "minilm",
         "model.condition": "text",
         "model.backbone": "conv",
         "model.fusion": "concat",
@@ -26,11 +31,16 @@ def run(name: str, seed: int, loss: float, **keys: Any) -> dict[str, Any]:
         "model.beta": 1.0,
         "training.epochs": 20,
     }
-    return plain | {name.replace("_", ".", 1): value for name, value in keys.items()}
+    given = {name.replace("_", ".", 1): value for name, value in keys.items()}
+    return with_defaults(plain | given)
+
+
+def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows).set_index("run")
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    return judge(pd.DataFrame(rows).set_index("run"))["verdict"].tolist()
+    return judge(table(rows))["verdict"].tolist()
 
 
 def pairs(n_seeds: int, key: str, values: tuple[Any, Any], effect: float) -> list[dict[str, Any]]:
@@ -55,16 +65,97 @@ def test_each_way_that_a_comparison_can_end() -> None:
     assert verdicts(pairs(1, "model_fusion", ("concat", "add"), 5.0))[1] == "one seed"
 
 
-def test_no_better_is_a_claim_about_one_side() -> None:
-    for effect, verdict in ((5.0, "supported"), (0.0, "not decided"), (-5.0, "contradicted")):
+def test_no_better_is_a_claim_about_one_side_with_a_margin() -> None:
+    for effect, verdict in (
+        (10.0, "supported"),
+        (0.0, "supported"),
+        (-MARGIN + 1, "supported"),
+        (-MARGIN, "not decided"),
+        (-MARGIN - 1, "contradicted"),
+    ):
         assert verdicts(pairs(4, "model_backbone", ("conv", "resnet"), effect))[2] == verdict
+    why = judge(table(pairs(4, "model_backbone", ("conv", "resnet"), 0.0)))["why"][2]
+    assert why.startswith("equivalent: one-sided 95 % bounds")
+    assert "margin ±5 nats" in why
+
+
+def share(verdict: str, effect: float, n_seeds: int, repetitions: int = 400) -> float:
+    """How often "no better" gets a verdict, by seeds whose differences vary by 4 nats."""
+    generator = np.random.default_rng(n_seeds)
+    drawn = generator.normal(effect, 4.0, (repetitions, n_seeds))
+    found = [_no_better(interval(x, level=0.90), MARGIN)[0] for x in drawn]
+    return found.count(verdict) / repetitions
+
+
+def test_a_tie_is_supported_by_seeds_enough_and_an_effect_is_not() -> None:
+    assert share("supported", 0.0, 9) > 0.8
+    assert share("supported", 0.0, 2) < 0.5
+    assert share("supported", 0.0, 12, 100) > 0.9  # by resampling
+    # At the margin the test errs in 5 % of cases, beyond it hardly ever.
+    assert share("supported", -MARGIN, 5) < 0.1
+    assert share("supported", -2 * MARGIN, 5) == 0
+    assert share("contradicted", -2 * MARGIN, 9) > 0.8
+    assert share("contradicted", -MARGIN, 5) < 0.1
 
 
 def test_losses_of_different_meaning_are_never_compared() -> None:
     rows = pairs(4, "model_fusion", ("concat", "add"), 5.0)
     for row in rows[1::2]:
         row["model.likelihood"] = "bernoulli"
-    assert verdicts(rows)[1] == "not tested"
+    assert verdicts(rows)[1] == "not comparable"
+
+
+def evidence(claim: int) -> tuple[list[dict[str, Any]], set[str]]:
+    """Runs of four seeds that decide a claim, the second system's every other; and the keys that it frees."""
+    ldm = {"model_backbone": "ldm"}
+    both: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+        0: ({"model_condition": "none"}, {"model_condition": "label"}),
+        1: ({"model_fusion": "add"}, {"model_fusion": "concat"}),
+        2: ({}, {"model_backbone": "resnet"}),
+        3: ({}, {**ldm, "data_fraction": 0.05}),
+        4: ({**ldm, "data_fraction": 0.05}, {**ldm, "data_fraction": 1.0}),
+        5: ({"model_condition": "label"}, {"model_condition": "label"}),
+    }
+    free = {"model.condition", "model.fusion", "model.backbone", "seed"}
+    free |= {"data.fraction"} if claim > 2 else set()
+    free |= {"model.latent", "model.latent_dim"} if claim == 3 else set()
+    rows = []
+    for seed in range(4):
+        for number, keys in enumerate(both[claim]):
+            name = {"data_name": "fashion_mnist"} if claim in (0, 5) else {}
+            row = run(f"{'ab'[number]}{seed}", seed, 400 + 9 * seed - 7 * number, **keys, **name)
+            row |= {"eval/linear_probe": 0.8 - 0.3 * number + 0.01 * seed * number}
+            row |= {"eval/sample_accuracy": 0.8 + 0.001 * seed}
+            rows.append(row | {"eval/classifier_real_accuracy": 0.9, "data_digest": "d" * 64})
+    return rows, free
+
+
+@pytest.mark.parametrize("claim", range(len(CLAIMS)))
+def test_runs_that_differ_in_another_key_are_not_averaged(claim: int) -> None:
+    rows, free = evidence(claim)
+    assert judge(table(rows))["verdict"][claim] in ("supported", "contradicted")
+    whole = table(rows)
+    keys = [
+        key
+        for key in [*config_keys(whole), "data_digest"]
+        if key not in free | {"data.name"}  # which chooses the runs that a claim is about
+        and key not in ("training.log_every", "training.micro_batch_size", "training.engine")
+        and not key.startswith(("checkpoint.", "training.deepspeed."))
+        # Each of two backbones has its own options, and those of others change nothing.
+        and (key.count(".") < 2 or (claim == 4 and key.startswith("model.ldm")))
+    ]
+    assert len(keys) > 20
+    # One of two systems; half of the seeds; one run. In turn, since each takes a while.
+    for key, changed in zip(keys, cycle((range(1, 8, 2), range(4), range(7, 8))), strict=False):
+        frame = whole.astype(object)
+        frame[key] = ["other" if n in changed else value for n, value in enumerate(frame[key])]
+        told = _row(CLAIMS[claim], frame)
+        if told["verdict"] in ("supported", "contradicted"):
+            # Those that have a partner of their own setting are a smaller set of alike runs.
+            alone = claim < 3 and (len(changed) == 1 or key in MEANING)
+            assert (alone, told["seeds"]) == (True, 3 if len(changed) == 1 else 2), key
+        elif told["verdict"] != "not tested":  # it is no run of the claim any more
+            assert (told["verdict"], key in told["why"]) == ("not comparable", True), told
 
 
 def test_failed_and_infinite_runs_decide_nothing() -> None:

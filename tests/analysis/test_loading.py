@@ -161,3 +161,34 @@ def test_unknown_names_offer_the_nearest(home: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             analysis.runs(**asked)  # type: ignore[arg-type]
+
+
+def test_an_unknown_metric_or_key_offers_the_nearest(home: Path) -> None:
+    make("one", [5.0, 4.0])
+    make("two", [5.0, 4.0])
+    frame = analysis.runs("tiny")
+    for call, message in (
+        (lambda: analysis.curves(frame, ["val/los"]), r"val/los: none .* did you mean val/loss"),
+        (lambda: analysis.curves(frame, ["val/loss", "zzz"]), r"zzz: none .* they have train/kl"),
+        (lambda: analysis.compare(frame, "model.fusoin", "val/loss"), "did you mean model.fusion"),
+        (lambda: analysis.compare(frame, "model.fusion", "val/los"), "did you mean val/loss"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert "verdict" in analysis.compare(frame, "model.fusion", "val/loss").columns
+    # A run that has measured nothing yet knows no name.
+    new_run("new", tiny_experiment())
+    assert analysis.curves(analysis.runs(names=["new"]), ["val/loss"]).empty
+
+
+def test_a_key_that_an_older_version_did_not_know_had_its_default(home: Path) -> None:
+    old, new = make("old", [5.0]), make("new", [4.0])
+    lines = old.experiment_file.read_text().splitlines(keepends=True)
+    old.experiment_file.write_text("".join(line for line in lines if "compile:" not in line))
+    frame = analysis.runs("tiny")
+    assert frame["training.compile"].tolist() == [False, False]
+    assert analysis.changed_keys(frame) == []
+    # Null is a value like any other.
+    text = new.experiment_file.read_text()
+    new.experiment_file.write_text(text.replace("max_steps: null", "max_steps: 7"))
+    assert analysis.changed_keys(analysis.runs("tiny")) == ["training.max_steps"]
