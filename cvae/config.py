@@ -1,5 +1,6 @@
 """The experiment: what is trained. Where it runs is the cluster file's business (slurm/cluster.py)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -146,8 +147,13 @@ class Model(Strict):
 
     @property
     def halvings(self) -> int:
-        """How often the backbone halves height and width."""
-        return {"mlp": 0, "ldm": len(self.ldm.block_out_channels) - 1}.get(self.backbone, 4)
+        """How often the backbone halves height and width. Raises ValueError if the backbone has not stated it."""
+        if self.backbone not in HALVINGS:
+            raise ValueError(
+                f"model.backbone = {self.backbone!r}: HALVINGS in cvae/config.py must state how often it halves"
+                " an image"
+            )
+        return HALVINGS[self.backbone](self)
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Model":
@@ -177,6 +183,15 @@ class Model(Strict):
                 f" multiple of model.ldm.norm_num_groups = {groups}"
             )
         return self
+
+
+HALVINGS: dict[str, Callable[[Model], int]] = {
+    "mlp": lambda model: 0,
+    "conv": lambda model: 4,
+    "resnet": lambda model: 4,
+    "ldm": lambda model: len(model.ldm.block_out_channels) - 1,
+}
+"""How often each backbone halves height and width. It stands here since a plan is made without torch."""
 
 
 class Optimizer(Strict):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cvae.data.building import progress_bar
 from cvae.models.cvae import Cvae, to_unit
+from cvae.training.device import memory
 
 Images = NDArray[np.uint8]
 Vectors = NDArray[np.float32]
@@ -91,7 +92,7 @@ def images_at_once(model: Cvae) -> int:
 def memory_for_images(device: torch.device) -> int:
     """Returns the bytes that a batch may take on a device."""
     if device.type == "cuda":
-        return int(_SHARE_OF_A_GPU * torch.cuda.mem_get_info(device)[0])
+        return int(_SHARE_OF_A_GPU * memory(device).free)
     return _BYTES_OF_A_HOST
 
 

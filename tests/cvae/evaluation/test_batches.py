@@ -16,6 +16,7 @@ from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.evaluation.subject import Subject
 from cvae.models.cvae import Cvae
 from cvae.sampling import Trained, load_run
+from cvae.training.device import Memory
 from cvae.training.ranks import Ranks
 from tests.trained import make_run
 
@@ -99,7 +100,7 @@ def test_a_gpu_takes_what_its_free_memory_holds(
     each = inference.memory_of_an_image(model)
     monkeypatch.setattr(inference, "device_of", lambda model: GPU)
     for free, images in ((2**36, 512), (200 * each, 100), (each, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**37))
+        monkeypatch.setattr(inference, "memory", lambda device, free=free: Memory(free, 2**37))
         assert inference.images_at_once(model) == images
 
 

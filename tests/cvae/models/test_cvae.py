@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from cvae.config import Experiment
-from cvae.models.cvae import Cvae, build_model, to_unit
+from cvae.config import HALVINGS, Experiment
+from cvae.models.cvae import BACKBONES, Cvae, build_model, to_unit
 from cvae.models.fusion import Add, Concat, Film, Fusion
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 
@@ -88,6 +89,30 @@ def test_every_parameter_gets_a_gradient(backbone: str, latent: str) -> None:
             if parameter.grad is None or not parameter.grad.any()
         ]
         assert silent == []
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_halves_as_often_as_the_schema_says(backbone: str) -> None:
+    cvae = model(backbone=backbone)
+    plain = tiny_experiment()
+    block = {**plain["model"], "backbone": backbone, "ldm": TINY_LDM}
+    halvings = Experiment.model_validate({**plain, "model": block}).model.halvings
+    widths = []
+
+    def look(module: torch.nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() == 4:
+            widths.append(output.shape[-1])
+
+    for module in cvae.encoder.modules():
+        module.register_forward_hook(look)
+    cvae.encode(torch.zeros(1, 1, 16, 16), torch.zeros(1, 3))
+    assert min(widths, default=16) == 16 >> halvings
+
+
+def test_a_backbone_must_state_how_often_it_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(HALVINGS, "mlp")
+    with pytest.raises(ValidationError, match=r"'mlp': HALVINGS in cvae/config\.py must state"):
+        Experiment.model_validate(tiny_experiment())
 
 
 def test_film_says_nothing_at_first_and_scales_and_shifts_then() -> None:
