@@ -18,7 +18,7 @@ from cvae.data.building import (
     save_array,
     write_array,
 )
-from cvae.data.coco_annotations import Annotations, read_annotations
+from cvae.data.coco_annotations import Annotations, printable, read_annotations
 from cvae.data.decoding import RESIZE, ImageParts
 from cvae.data.embedding import CaptionParts
 from cvae.data.filling import Plan
@@ -198,7 +198,7 @@ def check_enough(annotations: Annotations, images: Path) -> None:
         raise UserError(
             f"none of the {len(absent)} images of {annotations.file} is in {images}: are these the "
             f"captions of another split? They are of {absent[0]} and others, as the folder holds "
-            f"{min(there, default='nothing')}"
+            f"{printable(min(there, default='nothing'))}"
         )
     skipped = [Skipped(file=name, reason="file is absent") for name in absent]
     skipped += annotations.skipped_images

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from cvae.errors import UserError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _ID_LIMIT = 2**63  # ids become int64
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ def read_annotations(root: Path, folder: str) -> Annotations:
     skipped_images += [Skipped(file=name, reason="no captions") for name in bare]
     files = {name for name in os.listdir(root / folder) if Path(name).suffix.lower() in _SUFFIXES}
     for name in sorted(files.difference(image["file_name"] for image in content["images"])):
-        skipped_images.append(Skipped(file=name, reason=f"not listed in {path.name}"))
-    info = content.get("info")
+        skipped_images.append(Skipped(file=printable(name), reason=f"not listed in {path.name}"))
+    if not any(captions.values()):
+        skipped = [*skipped_captions, *skipped_images]
+        raise UserError(f"{path}: no image has a usable caption, for example: {skipped[0].reason}")
     return Annotations(
         file=path.name,
         images=[
@@ -61,9 +65,38 @@ def read_annotations(root: Path, folder: str) -> Annotations:
         ],
         skipped_images=skipped_images,
         skipped_captions=skipped_captions,
-        info=info if isinstance(info, dict) else {},
+        info=_info(path, content),
         sha256=file_sha256(path),
     )
+
+
+def printable(name: str) -> str:
+    """A file's name as the manifest, which is UTF-8, can hold it: bytes that are no UTF-8 become escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _info(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What the file says about itself, as plain JSON that reads back as it was written: NaN and infinity, which
+    are none, become their names, and lone surrogates question marks."""
+    info = content.get("info")
+    if not isinstance(info, dict):
+        return {}
+    if _depth(info) > _DEEPEST:
+        raise UserError(f"{path}: info is nested more than {_DEEPEST} levels deep")
+    text = json.dumps(info, ensure_ascii=False).encode("utf-8", "replace").decode()
+    plain: dict[str, Any] = json.loads(text, parse_constant=str)
+    return plain
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects in each other, counted up to one more than _DEEPEST."""
+    level = [value]
+    for depth in range(_DEEPEST + 1):
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [entry for v in inner if isinstance(v, list) for entry in v]
+        if not level:
+            return depth
+    return _DEEPEST + 1
 
 
 def _check_layout(root: Path, folder: str, path: Path) -> None:

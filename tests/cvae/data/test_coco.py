@@ -256,3 +256,14 @@ def test_vectors_in_bf16_are_asked_for_and_kept_apart(
     assert not prepare_coco(root, splits, 16, small_bert, text_precision="bf16").made
     with pytest.raises(UserError, match="in bf16, asked for is fp32"):
         prepare_coco(root, splits, 16, small_bert)
+
+
+def test_odd_info_is_recognised_at_the_next_start(
+    home: Path, small_bert: str, tmp_path: Path
+) -> None:
+    root = write_coco(tmp_path / "odd", {"val2017": 3})
+    content = read_annotations_file(root, "val2017")
+    info = {"x": float("nan"), "\ud800": "\udfff", "y": float("inf")}
+    write_annotations(root, "val2017", **{**content, "info": info})
+    made = [prepare_coco(root, {"val": "val2017"}, 16, small_bert).made for _ in range(2)]
+    assert made == [True, False]

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,53 @@ def test_an_absent_source_says_what_is_expected(root: Path, tmp_path: Path) -> N
         read_annotations(root, "val2017")
     with pytest.raises(UserError, match="train2017 is a file; it must be the folder of"):
         read_annotations(tmp_path / "train2017", "val2017")
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("info", "plain"),
+    [
+        ({"description": "a\ud800b"}, {"description": "a?b"}),
+        ({"\udfff": 1}, {"?": 1}),
+        ({"x": [NAN, INFINITY, -INFINITY]}, {"x": ["NaN", "Infinity", "-Infinity"]}),
+        ({"year": 2017, "π": {"a": [None, True, 1.5, 10**40]}},) * 2,
+        (["no object"], {}),
+        (None, {}),
+    ],
+)
+def test_info_reads_back_as_it_is_written(root: Path, info: Any, plain: dict[str, Any]) -> None:
+    content = read_annotations_file(root, "val2017")
+    write_annotations(root, "val2017", **{**content, "info": info})
+    annotations = read_annotations(root, "val2017")
+    assert annotations.info == plain
+    assert json.loads(json.dumps(annotations.info, ensure_ascii=False).encode()) == plain
+
+
+def test_info_of_too_many_levels_is_refused(root: Path) -> None:
+    content = read_annotations_file(root, "val2017")
+    info: dict[str, Any] = {}
+    for _ in range(60):
+        info = {"a": [info]}
+    write_annotations(root, "val2017", **{**content, "info": info})
+    with pytest.raises(UserError, match="info is nested more than 50 levels deep"):
+        read_annotations(root, "val2017")
+
+
+@pytest.mark.parametrize("caption", [" \n", "", 5, None])
+def test_a_source_without_any_usable_caption_is_refused(root: Path, caption: object) -> None:
+    content = read_annotations_file(root, "val2017")
+    for annotation in content["annotations"]:
+        annotation["caption"] = caption
+    write_annotations(root, "val2017", **content)
+    with pytest.raises(
+        UserError, match="no image has a usable caption, for example: caption 1 is empty"
+    ):
+        read_annotations(root, "val2017")
+
+
+def test_names_that_are_not_utf8_are_listed_as_escapes(root: Path) -> None:
+    (root / "val2017" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(b"")
+    (skipped,) = read_annotations(root, "val2017").skipped_images
+    assert skipped.file == r"\xff\xfe.jpg"
