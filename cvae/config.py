@@ -15,6 +15,8 @@ LONGEST_NAME = 200
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
 Channels = Annotated[int, Field(gt=0, le=2**16)]
+Pixels = Annotated[int, Field(gt=0, le=8192)]
+Depth = Annotated[int, Field(gt=0, le=64)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -43,9 +45,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 
 class Data(Strict):
     name: FileName = Field(description="prepared data set: fashion_mnist, scenes, …")
-    image_size: Positive = Field(
-        le=8192, description="pixels; height and width of the prepared images"
-    )
+    image_size: Pixels = Field(description="pixels; height and width of the prepared images")
     train: FileName = Field("train", description="split that is trained on")
     val: FileName = Field("val", description="split that is evaluated on")
     text_encoder: Annotated[str, AfterValidator(_encoder_name)] | None = Field(
@@ -74,7 +74,7 @@ class Resnet(Strict):
     width: Channels = Field(
         64, description="channels of the first of four stages; each doubles them"
     )
-    blocks: Positive = Field(2, le=64, description="residual blocks in each stage")
+    blocks: Depth = Field(2, description="residual blocks in each stage")
 
 
 class Ldm(Strict):
@@ -88,7 +88,7 @@ class Ldm(Strict):
         512,
         512,
     )
-    layers_per_block: Positive = Field(2, le=64)
+    layers_per_block: Depth = 2
     norm_num_groups: Channels = 32
     gradient_checkpointing: bool = Field(
         False, description="less memory for a third more time: activations are computed twice"

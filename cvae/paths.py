@@ -12,7 +12,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 def home() -> Path:
     """The folder that holds data/, runs/ and MLflow's store: $CVAE_HOME, else the project's root."""
-    return Path(os.environ.get("CVAE_HOME") or PROJECT_ROOT).resolve()
+    return Path(os.path.realpath(os.environ.get("CVAE_HOME") or PROJECT_ROOT))
 
 
 def data_dir() -> Path:

@@ -208,7 +208,9 @@ def _describe(
     if kind == "value_error":
         given = "" if isinstance(value, dict | BaseModel) else f" = {shown(value)}"
         return f"{place}: {name}{given}: {problem['ctx']['error']}".replace(": : ", ": ")
-    message = problem["msg"].removeprefix("Input ")
+    message = re.sub("^(Input|String|Value) ", "", problem["msg"])
+    if kind == "string_pattern_mismatch":
+        message = "should be letters, digits, '_', '.' and '-', the first a letter or a digit"
     near = ""
     if kind == "literal_error" and isinstance(value, str):
         near = nearest(value, re.findall(r"'([^']*)'", problem["msg"]))

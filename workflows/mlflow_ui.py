@@ -7,12 +7,14 @@ import sys
 from typing import NoReturn
 
 from cvae import command_line, paths
+from cvae.command_line import Parser
 from cvae.errors import UserError
 
 PORT = 5000
 
 
 def main(arguments: list[str]) -> int:
+    Parser(prog="mlflow_ui.py", description=__doc__).parse_args(arguments)
     uri = paths.tracking_uri()
     if uri.startswith(("http:", "https:")):
         print(f"MLFLOW_TRACKING_URI names a server that is there already: {uri}")

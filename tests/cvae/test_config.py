@@ -71,6 +71,29 @@ def test_overrides_win_and_are_read_as_yaml(file: Path) -> None:
         ("model.latent=spatial", "needs feature maps, which model.backbone = 'mlp' has not"),
         ("model.init_from=vae", "is for model.backbone = 'ldm' with a spatial latent, not 'mlp'"),
         ("model.ldm.block_out_channels=[32, 48]", "multiple of model.ldm.norm_num_groups = 32"),
+        ("model.latent_dim=9223372036854775807", "should be less than or equal to 1048576"),
+        ("data.image_size=100000", "should be less than or equal to 8192"),
+        ("training.epochs=1e300", "should be less than or equal to 1000000"),
+        ("training.deepspeed.zero_stage=true", "zero_stage = True: should be a whole number"),
+        ("training.deepspeed.zero_stage=1.0", "zero_stage = 1.0: should be a whole number"),
+        ("training.deepspeed.zero_stage=4", "zero_stage = 4: should be 0, 1, 2 or 3"),
+        ("optimizer.betas=[true, '0.9']", "optimizer.betas.0 = True: should be a valid number"),
+        (
+            "model.ldm.block_out_channels=[true]",
+            "block_out_channels.0 = True: should be a valid int",
+        ),
+        ("data.name=/etc", "data.name = '/etc': should be a plain name"),
+        ("data.name=..", "should be a plain name"),
+        ("data.val=-x", "should be a plain name"),
+        ("data.train=''", "should be a plain name"),
+        (f"data.name={'é' * 150}", "should be no longer than 200 bytes"),
+        (f"data.text_encoder={'x' * 300}", "should be no longer than 200 bytes"),
+        (f"name={'x' * 300}", "should have at most 200 characters"),
+        ("name=../x", "name = '../x': should be letters, digits"),
+        ("name=x\x1b[31m", "the character U+001B is not allowed"),
+        (f"{'a.' * 1000}b=1", "an override is key=value"),
+        (f"{'k' * 1000}=1", "unknown key"),
+        ("model={a: 1, a: 2}", "a: given twice"),
         ("novalue", "an override is key=value"),
         ("model.latent_dim=[", "the value is not valid YAML"),
     ],
@@ -80,6 +103,7 @@ def test_a_wrong_override_is_one_line(file: Path, override: str, expected: str) 
         load_experiment(file, [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= len(str(file)) + 300
 
 
 @pytest.mark.parametrize(

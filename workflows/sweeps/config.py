@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from cvae import yaml_model
 from cvae.config import Experiment, Name, Positive, load_experiment
-from cvae.errors import UserError
+from cvae.errors import UserError, cut
 from cvae.yaml_model import FromList, Strict
 
 Range = Annotated[tuple[int | float, int | float] | None, FromList]
@@ -77,7 +77,7 @@ class Scheduler(Strict):
         " weights of what leads, with changed keys (Jaderberg et al. 2017)",
     )
     grace_epochs: Positive = Field(1, description="asha: epochs that every trial gets")
-    reduction_factor: Annotated[Positive, Field(gt=1)] = Field(
+    reduction_factor: Annotated[int, Field(gt=1, le=2**31 - 1)] = Field(
         4, description="asha: one in so many goes on"
     )
     every_epochs: Positive = Field(1, description="pbt: epochs between two changes")
@@ -109,18 +109,20 @@ class Sweep(Strict):
         listed = [key for key in kinds if key not in drawn]
         for key, space in self.space.items():
             if space.seeds is not None and key != "seed":
-                raise ValueError(f"space.{key}: seeds is for the key seed")
+                raise ValueError(f"space.{cut(key, 100)}: seeds is for the key seed")
             if key in self.values:
-                raise ValueError(f"space.{key}: it is fixed among values; remove one of the two")
+                raise ValueError(
+                    f"space.{cut(key, 100)}: it is fixed among values; remove one of the two"
+                )
         if self.search.name == "grid" and drawn:
             raise ValueError(
-                f"space.{drawn[0]} is drawn ({kinds[drawn[0]]}): search.name must be random or optuna"
+                f"space.{cut(drawn[0], 100)} is drawn ({kinds[drawn[0]]}): search.name must be random or optuna"
             )
         if self.search.name == "grid" and self.search.samples > 1:
             raise ValueError("search.samples is for random and optuna; repeat by seed: {seeds: 3}")
         if self.search.name == "optuna" and listed:
             raise ValueError(
-                f"space.{listed[0]}: optuna draws, it has no {kinds[listed[0]]}; use choice"
+                f"space.{cut(listed[0], 100)}: optuna draws, it has no {kinds[listed[0]]}; use choice"
             )
         if self.n_trials > _MOST_TRIALS:
             raise ValueError(f"{self.n_trials:,} trials; a sweep has at most {_MOST_TRIALS:,}")
@@ -210,7 +212,9 @@ def _check(file: Path, block: str, key: str, values: list[Any], experiment: Expe
     line = yaml_model.line_of(file, (block, key))
     if key not in leaves:
         near = yaml_model.nearest(key, leaves)
-        raise UserError(f"{file}:{line}: {block}.{key}: the experiment has no such key{near}")
+        raise UserError(
+            f"{file}:{line}: {block}.{cut(key, 100)}: the experiment has no such key{near}"
+        )
     for value in values:
         problem = yaml_model.wrong_value(experiment, key, value)
         if problem:

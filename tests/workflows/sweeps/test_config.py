@@ -55,6 +55,18 @@ def load(folder: Path, space: object, *overrides: str, **keys: object) -> object
         (GRID, {"values": {"model.x": 3}}, "sweep.yaml:.*values.model.x: the experiment has no"),
         (GRID, {"values": {"model.latent_dim ": 3}}, "values.model.latent_dim : the experiment"),
         ({}, {}, "space"),
+        ({"optimizer.lr": {"uniform": [True, "3"]}}, {}, "uniform.0.* = True: should be a valid"),
+        ({"optimizer.lr": {"uniform": [0.1, 0.2, 0.3]}}, {}, "should have at most 2 items"),
+        ({"optimizer.lr": {"uniform": 1}}, {}, "uniform = 1: should be a valid tuple"),
+        ({"seed": {"seeds": 10**12}}, {}, "less than or equal to 2147483647"),
+        ({"seed": {"seeds": 20_000}}, {}, "20,000 trials; a sweep has at most 10,000"),
+        ({"seed": {"grid": list(range(1001))}}, {}, "at most 1000 items"),
+        (GRID, {"experiment": "x" * 300}, "File name too long"),
+        (GRID, {"name": "x" * 300}, "at most 200 characters"),
+        (GRID, {"name": "../x"}, "should be letters, digits"),
+        (GRID, {"values": {"x" * 5000: 3}}, "the experiment has no such key"),
+        ({"model.latent_dim": {"grid": ["9" * 5000]}}, {}, "should be a valid integer"),
+        ({"model.latent_dim": {"grid": [[[[[1]]]]]}}, {}, "should be a valid integer"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -63,6 +75,7 @@ def test_a_mistake_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, space, **keys)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= len(str(tmp_path)) + 400
 
 
 def test_overrides_reach_the_sweep_or_the_experiment_and_pin_keys(tmp_path: Path) -> None:
