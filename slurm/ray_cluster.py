@@ -7,11 +7,13 @@ option for less), so every cluster has a token of its own, without which nobody 
 import logging
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,9 +24,12 @@ import psutil
 
 from cvae.errors import UserError
 from cvae.paths import write_atomically
+from slurm.ray_files import private_folder, trouble
 
 _TOLD = ("CVAE_HOME", "CVAE_CODE", "PYTHONPATH", "MLFLOW_TRACKING_URI")
-_HEAD_PATIENCE_S = 120.0
+# Beside Ray's files: why the driver has ended, in one line.
+PROBLEM = "problem.txt"
+_HEAD_PATIENCE_S = 300.0  # a cold file system
 _POLL_S = 1.0
 # After SIGTERM: the trials save, then Ray ends.
 _STOP_PATIENCE_S = 90.0
@@ -71,14 +76,22 @@ def run(
     node, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     stop = _Stop()
     meeting = folder / "ray_head"
-    if node > 0:
-        _worker(meeting, gpus, stop)
-        return None
-    meeting.unlink(missing_ok=True)
-    environment = _environment(nodes if address is None else 2, meeting)
-    environment |= {"CVAE_RAY_GPUS": str(gpus)}
-    if address is not None:
-        environment["CVAE_RAY_ADDRESS"] = address
+    with private_folder() as ray_folder:
+        if node > 0:
+            _worker(meeting, gpus, stop, ray_folder)
+            return None
+        meeting.unlink(missing_ok=True)
+        environment = _environment(nodes if address is None else 2, meeting, ray_folder)
+        environment |= {"CVAE_RAY_GPUS": str(gpus), "CVAE_RAY_NODES": str(nodes)}
+        if address is not None:
+            environment["CVAE_RAY_ADDRESS"] = address
+        return _head(driver, beside, environment, meeting, stop)
+
+
+def _head(
+    driver: list[str], beside: list[str], environment: dict[str, str], meeting: Path, stop: _Stop
+) -> Outcome:
+    problem = Path(environment["RAY_TMPDIR"], PROBLEM)
     with _helper(beside):
         # In a session of its own: what ends this process group must not cut off the driver's last words.
         process = subprocess.Popen(
@@ -97,7 +110,8 @@ def run(
     if stop.signal:
         return Outcome("stopped", f"{stop.signal}, the trials saved")
     if status:
-        raise RuntimeError(f"the driver ended with status {status}")
+        told = problem.read_text() if problem.exists() else f"the driver ended with status {status}"
+        raise RuntimeError(told)
     return Outcome("finished", "")
 
 
@@ -111,11 +125,13 @@ def connect() -> Iterator[float | None]:
 
     address = os.environ.get("CVAE_RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    # Ray hands it to a shell as it is, and a path may have a space.
+    runtime: dict[str, Any] = {"py_executable": shlex.quote(sys.executable)}
     if address:
         try:
             # Its raylets know nothing of this job.
             told = {key: os.environ[key] for key in _TOLD if key in os.environ}
-            ray.init(address=address, runtime_env={"env_vars": told}, **quiet)
+            ray.init(address=address, runtime_env={**runtime, "env_vars": told}, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}") from None
     else:
@@ -127,6 +143,7 @@ def connect() -> Iterator[float | None]:
             num_gpus=gpus,
             include_dashboard=False,
             object_store_memory=200 * 2**20,
+            runtime_env=runtime,
             **quiet,
         )
         write_atomically(
@@ -138,37 +155,64 @@ def connect() -> Iterator[float | None]:
             raise UserError(
                 f"the Ray cluster at {address} offers no GPU (`ray start --num-gpus=…`)"
             )
+        if not address:
+            threading.Thread(target=_count_nodes, daemon=True).start()
         yield min(filter(None, gpus_there)) if address else None
     finally:
         ray.shutdown()
 
 
-def _environment(nodes: int, meeting: Path) -> dict[str, str]:
+def _count_nodes() -> None:
+    """Reports how many nodes take part, once all do or no more are to be expected."""
+    import ray
+
+    nodes = int(os.environ.get("CVAE_RAY_NODES", 1))
+    deadline = time.monotonic() + _HEAD_PATIENCE_S
+    joined = 1
+    with suppress(Exception):  # Ray ends
+        while joined < nodes and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            joined = sum(node["Alive"] for node in ray.nodes())
+        text = f"{joined} of {nodes} nodes joined"
+        _log.log(logging.INFO if joined == nodes else logging.WARNING, text)
+
+
+def _environment(nodes: int, meeting: Path, ray_folder: Path) -> dict[str, str]:
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CVAE_RAY_MEETING": str(meeting)}
+    environment["RAY_TMPDIR"] = str(ray_folder)
     if nodes == 1:
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback only
     return environment
 
 
-def _worker(meeting: Path, gpus: int, stop: _Stop) -> None:
+def _worker(meeting: Path, gpus: int, stop: _Stop, ray_folder: Path) -> None:
     """Lends this node to the head until that has gone."""
     head = _find_head(meeting, stop)
     if head is None:
         return
     command = ["ray.scripts.scripts", "start", f"--address={head}", "--block"]
     slots = [f"--num-cpus={max(1, gpus)}", f"--num-gpus={gpus}", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, *slots, "--object-store-memory=200000000"],
-        env=_environment(2, meeting),
-        preexec_fn=_ignore_warning,
-    )
+    # Not the head's, which is a folder of the head's node.
+    slots += ["--object-store-memory=200000000", f"--temp-dir={ray_folder / 'ray'}"]
+    with open(ray_folder / "start.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, *slots],
+            env=_environment(2, meeting, ray_folder),
+            preexec_fn=_ignore_warning,
+            stdout=log,
+            stderr=log,
+        )
     try:
         deadline = float("inf")
         while meeting.exists() and _answers(head) and time.monotonic() < deadline:
             if stop.signal and deadline == float("inf"):
                 deadline = time.monotonic() + _STOP_PATIENCE_S
-            if process.poll() is not None and not stop.signal:
-                break
+            if process.poll() is not None and not stop.signal and meeting.exists():
+                print((ray_folder / "start.log").read_text(errors="replace"), flush=True)
+                raise RuntimeError(
+                    f"ray start on {socket.gethostname()} ended with status {process.returncode}:"
+                    f" {trouble(ray_folder) or 'without a word'}"
+                )
             time.sleep(_POLL_S)
         if stop.signal:
             _let_jobs_save(meeting)

@@ -25,8 +25,10 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.file_lock import Locked, file_lock
+from cvae.paths import write_atomically
 from cvae.training import journal
-from slurm.ray_cluster import connect
+from slurm.ray_cluster import PROBLEM, connect
+from slurm.ray_files import trouble
 from workflows.sweeps.book import Book, known_to_tune
 from workflows.sweeps.config import Space, Sweep, seeds
 from workflows.sweeps.directory import LISTED, SweepDirectory, run_of
@@ -36,6 +38,9 @@ from workflows.sweeps.trial import TrialRun
 _MOST_LOSSES = 5
 # A driver that was just killed, or told to end, may need so long to be gone.
 _LOCK_PATIENCE_S = 100.0
+# Actors import torch and Ray, perhaps from a cold network file system.
+_NOTICE_S = 60.0
+_START_PATIENCE_S = 300.0
 _stopping = threading.Event()
 _log = logging.getLogger("sweep")
 
@@ -50,7 +55,11 @@ def main(folder: Path, slots: int, gpus_per_trial: float) -> int:
     )
     sweep = SweepDirectory(folder)
     _end_with_parent()
+    logging.basicConfig(format="%(message)s")
+    for name in (_log.name, "slurm"):
+        logging.getLogger(name).setLevel(logging.INFO)
     with _alone(sweep), connect() as there:
+        threading.Thread(target=_watch_start, args=(sweep,), daemon=True).start()
         # Of a Ray that was there before, the smallest node says how many trials share one.
         slots = slots if there is None else max(1, int(there / gpus_per_trial))
         tuner(sweep, slots, gpus_per_trial).fit()
@@ -59,6 +68,26 @@ def main(folder: Path, slots: int, gpus_per_trial: float) -> int:
             known = known_to_tune(sweep)
             sweep.write_trials([one for one in sweep.trials() if one.ended or one.id in known])
     return 0 if sweep.trials() and all(trial.ended for trial in sweep.trials()) else 1
+
+
+def _watch_start(sweep: SweepDirectory) -> None:
+    """Ends this process if no trial starts: Ray Tune would wait for ever, and say nothing."""
+    ray_folder = Path(os.environ["RAY_TMPDIR"])
+    began = time.monotonic()
+    for limit_s in (_NOTICE_S, _START_PATIENCE_S):
+        if _stopping.wait(began + limit_s - time.monotonic()) or _has_started(sweep):
+            return
+        text = f"no trial has started for {limit_s:.0f} s"
+        if error := trouble(ray_folder):
+            text += f"; Ray's log: {error}"
+        _log.error("%s", text)
+    if "CVAE_RAY_ADDRESS" not in os.environ:  # there others may have all GPUs for days
+        write_atomically(ray_folder / PROBLEM, text)
+        os._exit(1)
+
+
+def _has_started(sweep: SweepDirectory) -> bool:
+    return any(trial.status != "queued" for trial in sweep.trials())
 
 
 def _stop(*_: Any) -> None:

@@ -214,7 +214,7 @@ def full_command(sweep: SweepDirectory, trial: Trial) -> str:
         for key, value in searched.items()
         if meant[key] != value and key not in _LENGTH
     ]
-    return " ".join(["python workflows/launch.py", settings.experiment, *values])
+    return " ".join(["python workflows/launch.py", shlex.quote(settings.experiment), *values])
 
 
 def is_finished(sweep: SweepDirectory) -> bool:

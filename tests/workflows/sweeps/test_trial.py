@@ -1,12 +1,14 @@
 """Parts of a trial without Ray: its values, the names of its runs, a run that takes over another's weights."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cvae.training import checkpoint
 from tests.trained import make_run
-from workflows.sweeps.directory import LISTED, best_trial, run_name, values_of
+from workflows.sweeps import driver
+from workflows.sweeps.directory import LISTED, SweepDirectory, best_trial, run_name, values_of
 from workflows.sweeps.directory import Trial as Told
 from workflows.sweeps.trial import fork
 
@@ -52,3 +54,24 @@ def test_a_fork_begins_from_the_other_runs_weights_and_is_made_once(home: Path) 
     assert checkpoint.steps(fork(origin, 3, "late", other).checkpoints) == checkpoint.steps(
         origin.checkpoints
     )
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_sweep_whose_trials_do_not_start_gives_up_with_rays_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    sweep = SweepDirectory(tmp_path)
+    sweep.write_trials([Told(0, "a", "r", {}, status="running" if started else "queued")])
+    (tmp_path / "raylet.err").write_text("bash: line 1: /a/my: No such file or directory\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_NOTICE_S", 0.01)
+    monkeypatch.setattr(driver, "_START_PATIENCE_S", 0.02)
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    driver._watch_start(sweep)
+    assert ends == [1] * (not started)
+    if not started:
+        problem = (tmp_path / "problem.txt").read_text()
+        assert problem.startswith(
+            "no trial has started for 0 s; Ray's log: bash: line 1: /a/my: No"
+        )
