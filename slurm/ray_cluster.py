@@ -33,6 +33,8 @@ _HEAD_PATIENCE_S = 300.0  # a cold file system
 _POLL_S = 1.0
 # After SIGTERM: the trials save, then Ray ends.
 _STOP_PATIENCE_S = 90.0
+# For the last words of what runs beside the driver; SLURM, which sends the signal, waits for less.
+_HELPER_S, _STOPPED_HELPER_S = 90.0, 8.0
 _log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ def _head(
     driver: list[str], beside: list[str], environment: dict[str, str], meeting: Path, stop: _Stop
 ) -> Outcome:
     problem = Path(environment["RAY_TMPDIR"], PROBLEM)
-    with _helper(beside):
+    with _helper(beside, stop):
         # In a session of its own: what ends this process group must not cut off the driver's last words.
         process = subprocess.Popen(
             [sys.executable, "-m", *driver],
@@ -270,7 +272,7 @@ def _answers(address: str) -> bool:
 
 
 @contextmanager
-def _helper(module: list[str]) -> Iterator[None]:
+def _helper(module: list[str], stop: _Stop) -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-m", *module], stdin=subprocess.PIPE, start_new_session=True
     )
@@ -280,7 +282,7 @@ def _helper(module: list[str]) -> Iterator[None]:
         assert process.stdin is not None
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(8)
+            process.wait(_STOPPED_HELPER_S if stop.signal else _HELPER_S)
         process.kill()
 
 

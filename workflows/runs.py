@@ -3,11 +3,12 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cvae import command_line
+from cvae import command_line, paths
 from cvae.command_line import Parser, positive
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory, all_runs
@@ -20,6 +21,8 @@ from workflows.plan import locate
 from workflows.run_state import last_submission, run_state
 from workflows.run_view import list_text, show_text
 from workflows.submission import code_fact, note_cancelled, submit
+from workflows.sweeps import mirror
+from workflows.sweeps.directory import SweepDirectory
 from workflows.text import aligned, shown
 
 _SAVE_PATIENCE_S = 60.0
@@ -143,6 +146,16 @@ def _resume(options: Any) -> int:
 
 
 def _sync(options: Any) -> int:
+    name = Path(options.run).name
+    # A trial's run belongs below its sweep's parent.
+    sweep = mirror.sweep_of(name)
+    if sweep is None and not any(run.name == name for run in all_runs()):
+        folder = paths.sweeps_dir() / name
+        sweep = SweepDirectory(folder) if (folder / "sweep.yaml").is_file() else None
+    if sweep is not None:
+        mirror.sync(sweep)
+        print(f"MLflow has all of {sweep.name}: {len(sweep.trials())} trials")
+        return 0
     run = RunDirectory.open(options.run)
     missing = mlflow_mirror.behind(run.path)
     with tqdm(total=missing, unit="line", desc="to MLflow") as bar:

@@ -11,9 +11,9 @@ stopped, 130 detached by Ctrl-C (the sweep goes on).
 
 import argparse
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
+from cvae.file_lock import Locked, file_lock
 from cvae.run_directory import check_new_name, free_name
 from slurm import cluster, queue, tries
 from workflows.sweeps.config import load_sweep
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
     if options.cancel:
         return _cancel(SweepDirectory.open(options.cancel))
     if options.resume:
-        return _resume(SweepDirectory.open(options.resume), options)
+        return _resumed(SweepDirectory.open(options.resume), options)
     files, overrides = files_and_overrides(options.words)
     if len(files) != 1:
         raise UserError("name one sweep file, as configs/sweeps/demo.yaml; overrides are key=value")
@@ -97,7 +98,8 @@ def main(arguments: list[str]) -> int:
         return 0
     sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
     try:
-        launching.submit(sweep, seats, options.address)
+        with _locked(sweep):
+            launching.submit(sweep, seats, options.address)
     except BaseException:
         if not sweep.submissions():
             shutil.rmtree(sweep.path, ignore_errors=True)
@@ -109,13 +111,35 @@ def main(arguments: list[str]) -> int:
     return view.follow(sweep)
 
 
-def _resume(sweep: SweepDirectory, options: Any) -> int:
+def _resumed(sweep: SweepDirectory, options: Any) -> int:
+    from workflows.sweeps import view
+
+    with _locked(sweep):
+        watch = _resume(sweep, options)
+    return view.follow(sweep) if watch else 0
+
+
+@contextmanager
+def _locked(sweep: SweepDirectory) -> Iterator[None]:
+    """Raises UserError if another process is submitting or cancelling the sweep."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(sweep.path / "launch.lock"))
+        except Locked:
+            raise UserError(
+                f"{sweep.name} is being launched, resumed or cancelled by another process right now"
+            ) from None
+        yield
+
+
+def _resume(sweep: SweepDirectory, options: Any) -> bool:
+    """Submits the sweep unless it runs or is finished. Returns whether it is to be watched."""
     if options.words:
         raise UserError(
             f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
         )
     from workflows.submission import unknown
-    from workflows.sweeps import launching, view
+    from workflows.sweeps import launching, mirror, view
 
     last = sweep.submissions()[-1] if sweep.submissions() else None
     job = queue.look(last) if last is not None else None
@@ -123,15 +147,11 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
         raise UserError(unknown(sweep.name, last, job))
     if last is not None and job is not None and job.alive:
         print(f"{sweep.name} is at work ({last.where})", flush=True)
-        return view.follow(sweep)
+        return True
     if last is not None and view.is_finished(sweep):
-        # What MLflow may have missed at the end.
-        subprocess.run(
-            [sys.executable, "-m", "workflows.sweeps.mirror", str(sweep.path)],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        raise UserError(f"{sweep.name} is finished: {len(sweep.trials())} trials")
+        print(f"{sweep.name} is finished: {len(sweep.trials())} trials", flush=True)
+        mirror.sync(sweep)  # what MLflow may have missed at the end
+        return False
     if last is not None:
         options.address = options.address or sweep.launches()[-1]["address"]
         options.gpus_per_trial = options.gpus_per_trial or sweep.launches()[-1]["gpus_per_trial"]
@@ -142,16 +162,17 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
     seats, where = _seats(options, sweep.experiment())
     print(aligned([("sweep", sweep.name), *where]), flush=True)
     launching.submit(sweep, seats, options.address)
-    return 0 if options.detach else view.follow(sweep)
+    return not options.detach
 
 
 def _cancel(sweep: SweepDirectory) -> int:
     if not sweep.submissions():
         raise UserError(f"{sweep.name} was never submitted")
-    last = sweep.submissions()[-1]
-    if queue.look(last).phase == "ended":
-        raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
-    tries.mark_cancelled(sweep.logs, last.job_id)
+    with _locked(sweep):
+        last = sweep.submissions()[-1]
+        if queue.look(last).phase == "ended":
+            raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
+        tries.mark_cancelled(sweep.logs, last.job_id)
     job = queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
         print(

@@ -48,10 +48,14 @@ class SweepMirror:
     def end(self) -> None:
         """Says how the sweep ended, as far as it is at an end."""
         client, trials = self._open(), self.sweep.trials()
+        # Of what the parent is ended with, in case that more trials follow.
+        size = self.sweep.trials_file.stat().st_size if self.sweep.trials_file.exists() else 0
         for pusher in self._pushers.values():
             pusher.end_unless_ended()
         over = bool(trials) and all(trial.ended for trial in trials)
         client.set_terminated(self._parent, "FINISHED" if over else "KILLED")
+        self.state.offset = size
+        mlflow_state.save(self.sweep.path, self.state)
 
     @property
     def _parent(self) -> str:
@@ -83,7 +87,7 @@ class SweepMirror:
             client.log_batch(parent, params=entities)
             client.log_artifact(parent, str(self.sweep.sweep_file))
         client.update_run(parent, status="RUNNING")
-        self.state.run_id = parent
+        self.state.run_id, self.state.offset = parent, 0
         mlflow_state.save(self.sweep.path, self.state)
         self._client = client
         return client
