@@ -54,7 +54,7 @@ Line = Annotated[str, AfterValidator(_one_line)]
 ShellLines = Annotated[str, AfterValidator(lambda text: _no_controls(text, but="\n\t"))]
 Variable = Annotated[str, AfterValidator(_variable)]
 Value = Annotated[str, AfterValidator(lambda text: _no_controls(text, but="\t"))]
-_LOCAL_KEYS = {"executor", "gpus_per_node", "env", "max_restarts", "watchdog_s"}
+_LOCAL_KEYS = {"executor", "gpus_per_node", "env", "max_restarts", "start_s", "watchdog_s"}
 
 
 class Placement(NamedTuple):
@@ -101,9 +101,15 @@ class ClusterConfig(Strict):
         le=10**6,
         description="how often a run that crashed is tried again without a new checkpoint",
     )
-    watchdog_s: Positive = Field(
-        45,
-        description="a rank that is not heard of, or makes no step, for so long ends the job's try",
+    start_s: Positive | None = Field(
+        None,
+        description="all ranks must have met within so long, or none begins; null: 5 minutes and 30 s"
+        " more for each node, as they all read Python's files at once, perhaps from a cold file system",
+    )
+    watchdog_s: Positive | None = Field(
+        None,
+        description="a rank that is not heard of, or makes no step, for so long ends the job's try;"
+        " null: 2 minutes and 2 s more for each node, so that a file server may fail over",
     )
     exclusive: bool = Field(False, description="whole nodes, shared with nobody")
     tflops_per_gpu: float | None = Field(
@@ -136,6 +142,11 @@ class ClusterConfig(Strict):
         if re.search(r"[:,()=]", self.gpu_type or ""):
             raise ValueError(f"gpu_type = {self.gpu_type!r} should be the type alone, as v100")
         return self
+
+    def patience(self, nodes: int) -> dict[str, str]:
+        """Returns how long the ranks wait for each other, as the environment tells it to them."""
+        start_s, watchdog_s = self.start_s or 300 + 30 * nodes, self.watchdog_s or 120 + 2 * nodes
+        return {"CVAE_START_S": str(start_s), "CVAE_WATCHDOG_S": str(watchdog_s)}
 
     def slurm(self) -> Slurm:
         return Slurm(self.slurm_conf)

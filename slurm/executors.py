@@ -112,7 +112,7 @@ def _to_slurm(what: Job, config: ClusterConfig, placement: Placement) -> str:
 
 
 def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[str, Any]:
-    env = {**config.slurm().environment, **_environment(what, config)}
+    env = {**config.slurm().environment, **_environment(what, config, placement.nodes)}
     before: list[str] = []
     after: list[str] = []
     if what.care is not None:
@@ -163,8 +163,8 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     }
 
 
-def _environment(what: Job, config: ClusterConfig) -> dict[str, str]:
-    env = {"CVAE_WATCHDOG_S": str(config.watchdog_s), **what.env, **config.env}
+def _environment(what: Job, config: ClusterConfig, nodes: int = 1) -> dict[str, str]:
+    env = {**config.patience(nodes), **what.env, **config.env}
     search = [
         variables["PYTHONPATH"] for variables in (what.env, config.env) if "PYTHONPATH" in variables
     ]

@@ -17,8 +17,8 @@ from cvae.errors import UserError
 from cvae.training import network_interface
 
 T = TypeVar("T")
-# All ranks are there within this time, or none begins.
-_GATHERING = datetime.timedelta(minutes=3)
+# All ranks are there within this time, or none begins. $CVAE_START_S goes before.
+_GATHERING_S = 330
 # Rank 0 may draw and write for some minutes while the others wait. A rank that is lost, or a step that hangs, is
 # found earlier, by the watchdog.
 _COLLECTIVE = datetime.timedelta(minutes=10)
@@ -146,6 +146,7 @@ def another_store() -> Store:
 def _store(world_size: int | None, is_master: bool) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     whole = world_size is not None
+    patience = datetime.timedelta(seconds=float(os.environ.get("CVAE_START_S", _GATHERING_S)))
     return dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, world_size, is_master, timeout=_GATHERING, wait_for_workers=whole
+        address, port, world_size, is_master, timeout=patience, wait_for_workers=whole
     )

@@ -20,7 +20,8 @@ from torch.distributed.distributed_c10d import Store
 
 from cvae.training.ranks import Ranks, another_store
 
-_DEFAULT_LIMIT_S = 45
+# A file server that fails over stands still for 45 s, and for a minute or two at the worst.
+_DEFAULT_LIMIT_S = 120
 # A step may be so much slower than the slowest so far.
 _SLOWER = 10
 _BYE = "bye"

@@ -1,6 +1,7 @@
 """The batch script and its ranks on real sites: their modules, environments, bindings, names of hosts."""
 
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -139,3 +140,24 @@ def test_a_task_takes_the_cores_that_slurm_gives_it(
     assert os.environ["CVAE_CORES"] == cores
     export_ranks(of_slurm(cluster="local"))
     assert "CVAE_CORES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least_start_s", "least_watchdog_s"), [(1, 300, 90), (64, 1800, 240)]
+)
+def test_ranks_wait_longer_for_each_other_on_more_nodes(
+    tmp_path: Path, nodes: int, least_start_s: int, least_watchdog_s: int
+) -> None:
+    """By default through a minute of a file server's failing over, and a cold start of all."""
+    for keys in ({}, {"start_s": 7, "watchdog_s": 5}):
+        config = ClusterConfig.model_validate({"executor": "slurm", **keys})
+        script = executors.sbatch_script(
+            Job("j", tmp_path, "m:f", (), {}), config, Placement(nodes, 1)
+        )
+        [start_s] = {int(x) for x in re.findall(r"CVAE_START_S=(\d+)", script)}
+        [watchdog_s] = {int(x) for x in re.findall(r"CVAE_WATCHDOG_S=(\d+)", script)}
+        if keys:
+            assert (start_s, watchdog_s) == (7, 5)
+        else:
+            assert start_s >= least_start_s
+            assert watchdog_s >= least_watchdog_s
