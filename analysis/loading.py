@@ -78,7 +78,11 @@ def runs(
             bar.update()
     if experiment is not None:
         rows = {name: row for name, row in rows.items() if row.get("experiment") == experiment}
-    lacking = set(wanted) - set(rows) - set(trials) - {"latest"}
+    lacking = (
+        {name for name in wanted if printable(Path(name).name) not in rows}
+        - set(trials)
+        - {"latest"}
+    )
     if source == "mlflow" or (source == "auto" and (experiment is not None or lacking)):
         for name, row in _from_mlflow(experiment, wanted, must=source == "mlflow").items():
             rows.setdefault(name, row)
@@ -90,7 +94,7 @@ def runs(
             if trial.status == "stopped early":
                 rows[name] |= {"status": "stopped", "reason": "stopped early by the sweep"}
     for name in wanted:
-        if Path(name).name in rows or name == "latest":
+        if printable(Path(name).name) in rows or name == "latest":
             continue
         if name not in trials:
             raise UserError(_nothing(None, None, [name]))

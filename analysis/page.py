@@ -1,6 +1,7 @@
 """The report as one HTML file that needs nothing beside it: tables, drawings and pictures are all inside.
 
-Everything that comes from a run (names, captions, reasons, commands) passes through Jinja2's escaping.
+Everything that comes from a run (names, captions, reasons, commands) passes through Jinja2's escaping, and in
+drawings through matplotlib's, which is kept from reading mathematics between dollar signs.
 """
 
 import base64
@@ -8,7 +9,9 @@ import io
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 Direction = Literal["min", "max"]
 _PIXELS_PER_INCH = 100
 _LEAST = 560  # pixels: a drawing that is smaller on a phone can be moved instead
+_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _VERDICTS = {"supported": "supported", "contradicted": "contradicted"}
 
 
@@ -90,7 +94,7 @@ def render(title: str, made: str, sections: Sequence[Section], **more: Any) -> s
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_template("report.html.j2"))
-    return template.render(
+    page = template.render(
         title=title,
         made=made,
         sections=[section for section in sections if section.parts or section.text],
@@ -98,6 +102,12 @@ def render(title: str, made: str, sections: Sequence[Section], **more: Any) -> s
         script=Markup(_template("sort.js")),
         **more,
     )
+    return clean(page)
+
+
+def clean(text: str) -> str:
+    """The text without characters that neither HTML nor XML may hold: controls and halves of a pair."""
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def table(
@@ -164,9 +174,25 @@ def svg_text(figure: "Figure", salt: str) -> str:
 
     buffer = io.StringIO()
     # Else clip paths would have random names, and two reports of the same runs would differ.
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": clean(salt)}), _as_written(figure):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return clean(buffer.getvalue())
+
+
+@contextmanager
+def _as_written(figure: "Figure") -> Iterator[None]:
+    """Texts of a figure are drawn as they stand: a dollar sign in a name begins no mathematics."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(clean(text.get_text()))
+    # A glyph that no font has is a box, and no warning.
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def png_bytes(image: "Image.Image | Figure") -> bytes:
@@ -174,7 +200,8 @@ def png_bytes(image: "Image.Image | Figure") -> bytes:
     if isinstance(image, Image.Image):
         image.save(buffer, format="PNG", optimize=True)
     else:
-        image.savefig(buffer, format="png", dpi=130, facecolor="white")
+        with _as_written(image):
+            image.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
 
 
@@ -196,7 +223,7 @@ def shown(value: Any) -> str:
             return f"{int(number):,}".replace("-", "−")
         digits = f"{number:,.2f}" if abs(number) >= 100 else f"{number:.4g}"
         return digits.replace("-", "−")
-    return str(value)
+    return clean(str(value))
 
 
 def _cell(value: Any, number: bool, **looks: Any) -> Cell:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis import curves, runs
 from analysis.material import Material
-from analysis.page import png_bytes, render, svg_text
+from analysis.page import clean, png_bytes, render, svg_text
 from analysis.sections import MADE_BY, sections, summary
 from analysis.showcase import MOST_RUNS, Picture, opened, pictures
 from cvae import command_line
@@ -90,7 +90,7 @@ def _write(out: Path, title: str, material: Material, drawn: list[Picture], comm
             (folder / "figures").mkdir()
             made = sections(material, drawn)
             for name, frame in made.tables.items():
-                frame.to_csv(folder / "tables" / f"{name}.csv", index=False)
+                frame.to_csv(folder / "tables" / f"{name}.csv", index=False, errors="replace")
                 _plain(frame).to_parquet(folder / "tables" / f"{name}.parquet", index=False)
             for name, figure in made.figures.items():
                 (folder / "figures" / f"{name}.svg").write_text(svg_text(figure, name), "utf-8")
@@ -113,11 +113,11 @@ def _write(out: Path, title: str, material: Material, drawn: list[Picture], comm
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """A column of mixed types has none in Parquet: such become text."""
     mixed = {
-        name: frame[name].map(lambda x: None if x is None or x is pd.NA else str(x))
+        name: frame[name].map(lambda x: None if x is None or x is pd.NA else clean(str(x)))
         for name in frame.columns
         if frame[name].dtype == object
     }
-    return frame.assign(**mixed)
+    return frame.assign(**mixed).rename(columns=lambda name: clean(str(name)))
 
 
 def _title(options: argparse.Namespace, found: pd.DataFrame) -> str:

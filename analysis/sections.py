@@ -23,6 +23,7 @@ MADE_BY = "Made by analysis/report.py of cvae-workflow."
 # Which end is good. A metric that is not here has none: KL alone is neither good nor bad.
 _BETTER: "dict[str, Direction]" = {
     "loss": "min",
+    "recon_loss": "min",
     "neg_elbo": "min",
     "bits_per_dim": "min",
     "text_gain": "max",
@@ -52,13 +53,18 @@ def summary(material: Material) -> list[str]:
     runs, whole = material.runs, material.whole
     counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
     lines = [f"{len(runs)} runs: {counts}." if len(runs) > 1 else f"One run: {counts[2:]}."]
-    if not whole.empty and not material.differ_in_meaning:
+    if METRIC not in runs or runs[METRIC].isna().all():
+        lines.append(
+            "No run has been evaluated yet, so there is nothing to compare: training evaluates after every"
+            " training.eval_every epochs."
+        )
+    elif not whole.empty and not material.differ_in_meaning:
         best = str(whole[METRIC].astype(float).idxmin())
         of = f" ({material.groups[best]})" if material.keys else ""
         lines.append(
             f"Lowest {METRIC}: {whole[METRIC].astype(float).min():.2f} nats per image, {best}{of}."
         )
-    if whole.groupby(material.groups[whole.index]).size().max() == 1 and len(whole):
+    if len(whole) and whole.groupby(material.groups[whole.index]).size().max() == 1:
         lines.append("One seed each: no interval can be given, and none is made up.")
     return lines
 
@@ -154,7 +160,7 @@ def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     text = (
         "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
         " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided. Of metrics"
-        f" other than {METRIC} only the mean over settings is shown; DIR/tables has all."
+        f" other than {METRIC} only the mean over settings is shown; the folder tables beside this page has all."
     )
     return Section("ablations", "What each key does", parts, text if parts else "")
 

@@ -12,6 +12,7 @@ from cvae.errors import UserError
 from cvae.evaluation.latent_map import latent_figure, latent_map
 from cvae.grids import labelled_grid
 from cvae.inference import reconstruct, sample, sample_rows
+from cvae.paths import printable
 from cvae.run_directory import RunDirectory
 from cvae.sampling import Trained, load_run
 from cvae.training import journal
@@ -38,7 +39,7 @@ def opened(runs: Sequence[RunDirectory]) -> tuple[list[Trained], dict[str, str]]
         try:
             trained.append(load_run(run))
         except (UserError, OSError) as error:
-            refused[run.name] = str(error)
+            refused[printable(run.name)] = printable(str(error))
     return trained, refused
 
 
@@ -83,7 +84,7 @@ def samples(runs: Sequence[Trained], labels: Mapping[str, str], suffix: str) -> 
     for run in runs:
         drawn = _drawn(run, n_rows, each)
         columns.append(drawn)
-        heads += [labels[run.name]] + [""] * (each - 1)
+        heads += [labels[printable(run.name)]] + [""] * (each - 1)
     grid = labelled_grid(np.concatenate(columns, axis=1), rows_are, heads)
     text = "The same captions and the same noise through each run's best checkpoint."
     if classes is not None:
@@ -100,7 +101,9 @@ def reconstructions(runs: Sequence[Trained], labels: Mapping[str, str], suffix: 
     for run in runs:
         condition = run.data.condition(val, rows, np.zeros(len(rows)))
         cells.append(reconstruct(run.model, originals, condition))
-    grid = labelled_grid(np.stack(cells), ["original", *(labels[run.name] for run in runs)])
+    grid = labelled_grid(
+        np.stack(cells), ["original", *(labels[printable(run.name)] for run in runs)]
+    )
     text = "Images of the evaluated split, and what each run makes of them."
     return Picture(f"reconstructions{suffix}", "Reconstructions", text, grid)
 
@@ -137,7 +140,7 @@ def _extremes(run: Trained) -> Iterator[Picture]:
         if line["kind"] == "picture" and line["key"] == "extremes"
     ]
     if lines and (path := run.run.path / lines[-1]["path"]).is_file():
-        title = f"Worst and best reconstructions: {run.name}"
+        title = f"Worst and best reconstructions: {printable(run.name)}"
         text = f"By PSNR over the evaluated split, at step {lines[-1]['step']:,}."
         with Image.open(path) as image:
-            yield Picture(f"extremes_{run.name}", title, text, image.convert("RGB"))
+            yield Picture(f"extremes_{printable(run.name)}", title, text, image.convert("RGB"))

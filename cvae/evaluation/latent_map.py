@@ -95,6 +95,7 @@ def latent_figure(maps: list[LatentMap], classes: list[str]) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.text import Text
 
     figure = Figure(figsize=(5.2 * len(maps) + 1.6, 5.6), layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
@@ -121,6 +122,9 @@ def latent_figure(maps: list[LatentMap], classes: list[str]) -> "Figure":
     handles = [Line2D([], [], linestyle="", marker="o", color=tuple(colour)) for colour in colours]
     if len(classes) <= 30:
         figure.legend(handles, classes, loc="outside right center", frameon=False)
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)  # a dollar sign in a name begins no mathematics
     return figure
 
 
