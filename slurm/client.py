@@ -25,6 +25,9 @@ _ENDED = {
     "TIMEOUT",
 }
 
+# Of a job that ended well; the second where the queue has forgotten it and there is no accounting.
+DONE = ("COMPLETED", "FORGOTTEN")
+
 
 class NodeSize(NamedTuple):
     """What SLURM says of one node of a partition."""
@@ -84,7 +87,7 @@ class Slurm:
         default = next((row[0] for row in rows if row[0].endswith("*")), None)
         wanted = partition or (default or "").rstrip("*")
         sizes = [
-            NodeSize(wanted, gpus_of(gres, gpu_type), int(cpus.rstrip("+")), _minutes(limit))
+            NodeSize(wanted, gpus_of(gres, gpu_type), int(cpus.rstrip("+")), minutes_of(limit))
             for name, gres, cpus, limit in rows
             if name.rstrip("*") == wanted
         ]
@@ -244,6 +247,7 @@ class Slurm:
 # mode, errors of munge) may pass.
 _FINAL = re.compile(
     r"disabled|Invalid job id|denied|violates|not permitted|not supported|not installed|Only batch"
+    r"|failed to fetch config"
 )
 
 
@@ -267,13 +271,29 @@ def gpus_of(gres: str, gpu_type: str | None) -> int:
     return total
 
 
-def _minutes(limit: str) -> int | None:
-    """SLURM's [days-]hours:minutes:seconds (or minutes:seconds) in minutes; None for "infinite"."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+_MOST_MINUTES = 10**7
+# "90", "90:00", "1:30:00"; "1-12", "1-12:30", "1-12:30:00".
+_TIME = re.compile(
+    r"(?:(?P<days>\d{1,6})-)?(?P<first>\d{1,9})(?::(?P<second>\d{1,9}))?(?::(?P<third>\d{1,9}))?",
+    re.ASCII,
+)
+
+
+def minutes_of(limit: str) -> int | None:
+    """SLURM's notations of a time limit in minutes, begun ones counted; None for "infinite" and nonsense."""
+    found = _TIME.fullmatch(limit)
     if found is None:
         return None
-    days, hours, minutes = (int(part or 0) for part in found.groups()[:3])
-    return (24 * days + hours) * 60 + minutes
+    parts = [int(found[name]) for name in ("first", "second", "third") if found[name] is not None]
+    if found["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        hours += 24 * int(found["days"])
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    total = -(-(60 * (60 * hours + minutes) + seconds) // 60)
+    return total if total <= _MOST_MINUTES else None
 
 
 def _state(word: str, reason: str, start: str) -> JobState:

@@ -10,7 +10,7 @@ from cvae import yaml_model
 from cvae.errors import UserError, cut
 from cvae.paths import PROJECT_ROOT
 from cvae.yaml_model import Strict
-from slurm.client import NodeSize, Slurm
+from slurm.client import Slurm
 
 CLUSTERS = PROJECT_ROOT / "configs" / "clusters"
 
@@ -194,7 +194,42 @@ def split(nodes: int, gpus: int) -> Placement:
     return Placement(nodes, gpus // nodes)
 
 
-def fit(place: Place, asked: Placement) -> ClusterConfig:
+class TimeLimit(NamedTuple):
+    """How long a job may run, in minutes."""
+
+    asked: int | None = None
+    """By --time; it goes before the cluster file's."""
+    short: int | None = None
+    """If nothing is asked, no more than this: SLURM fills gaps with short jobs, and no user waits long."""
+
+    def of(self, place: Place, partitions: int | None = None, where: str = "") -> int | None:
+        """Returns the limit, None for none. partitions: the partition's own, which is called `where`.
+
+        Raises UserError if the partition has less, or if a job could not be told to save before its end.
+        """
+        config = place.config
+        wanted = self.asked or config.time_limit_min
+        name = "--time" if self.asked else "time_limit_min ="
+        # SLURM sends its signal up to a minute early.
+        least = config.grace_s // 60 + 2
+        if self.asked and self.asked < least:
+            raise UserError(
+                f"--time {self.asked}: grace_s = {config.grace_s} of cluster {place.name} must be at least"
+                f" a minute shorter; ask for {least} minutes or more"
+            )
+        if wanted is not None and partitions is not None and wanted > partitions:
+            raise UserError(f"{name} {wanted}: {where} allows {partitions} minutes")
+        limit = wanted or partitions
+        if self.asked or self.short is None:
+            return limit
+        short = max(self.short, least)
+        return short if limit is None else min(limit, short)
+
+
+UNASKED = TimeLimit()
+
+
+def fit(place: Place, asked: Placement, time: TimeLimit = UNASKED) -> ClusterConfig:
     """The SLURM cluster's file, its gaps filled by what SLURM says of the partition.
 
     Raises UserError where SLURM does not answer, or where the cluster is smaller than what is asked.
@@ -215,12 +250,12 @@ def fit(place: Place, asked: Placement) -> ClusterConfig:
     if asked.nodes > most:
         kind = f" with {asked.ranks_per_node} GPUs" if len(suitable) < len(sizes) else ""
         raise UserError(f"--nodes {asked.nodes} are asked; {where} has {count(most, 'node')}{kind}")
-    _check_time(config, sizes[0], where)
+    limit_min = time.of(place, sizes[0].time_limit_min, where)
     share = min(size.cpus // size.gpus for size in suitable)
     return config.model_copy(
         update={
             "cpus_per_gpu": config.cpus_per_gpu or max(1, share),
-            "time_limit_min": config.time_limit_min or sizes[0].time_limit_min,
+            "time_limit_min": limit_min,
         }
     )
 
@@ -230,12 +265,6 @@ def _hint(asked: Placement, per_node: int) -> str:
     if nodes <= asked.nodes or asked.world_size % nodes:
         return ""
     return f"; try --nodes {nodes} --gpus {asked.world_size}"
-
-
-def _check_time(config: ClusterConfig, size: NodeSize, where: str) -> None:
-    wanted, limit = config.time_limit_min, size.time_limit_min
-    if wanted is not None and limit is not None and wanted > limit:
-        raise UserError(f"time_limit_min = {wanted}: {where} allows {limit} minutes")
 
 
 def fit_here(config: ClusterConfig, asked: Placement) -> tuple[Placement, str]:

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cvae.errors import UserError
 from slurm import local
-from slurm.client import JobState, Slurm
+from slurm.client import JobState, Slurm, is_final
 
 _POLL_S = 0.5
 # A controller that is being restarted loses no request for good.
@@ -65,6 +66,19 @@ def look(submission: Submission) -> JobState:
     if same or submission.host == socket.gethostname():
         return local.look(submission.pid, submission.process_started)
     return JobState("unknown", "UNKNOWN", f"it was started on {submission.host}, which is not here")
+
+
+def requeue_warning(submission: Submission) -> str | None:
+    """Warns of a job that SLURM will not put back into its queue, as some sites' submit filters have it."""
+    if submission.executor == "local":
+        return None
+    with suppress(UserError):
+        if Slurm(submission.slurm_conf).details(submission.job_id).get("Requeue") == "0":
+            return (
+                f"SLURM has set Requeue=0 for {submission.where}: after a crash, a preemption or the time limit"
+                " a run must be resumed by hand"
+            )
+    return None
 
 
 def this_machine() -> str:
@@ -126,9 +140,9 @@ def _end_in_slurm(
         try:
             slurm.tell_to_save(job_id)
             tell(f"told the ranks of {submission.where} to save")
+            state = _wait(submission, patience_s)
         except UserError as error:
             tell(f"could not tell the ranks of {submission.where} to save: {error}")
-        state = _wait(submission, patience_s)
     # SLURM itself kills after KillWait, by default 30 s.
     deadline = time.monotonic() + _CANCEL_PATIENCE_S
     said = ""
@@ -138,7 +152,9 @@ def _end_in_slurm(
         except UserError as error:
             if said != str(error):
                 said = str(error)
-                tell(f"scancel failed: {said}; trying again")
+                tell(f"scancel failed: {said}")
+            if is_final(said):
+                break
         state = _wait(submission, _CANCEL_EVERY_S)
     return state
 

@@ -29,6 +29,7 @@ from slurm import cluster
 from slurm.cluster import Place, Placement
 from workflows.benchmarks import GROUPS, PREPARATION
 from workflows.text import aligned
+from workflows.time_option import add_time
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,6 +50,7 @@ def parser() -> Parser:
     parser.add_argument("--nodes", type=positive, default=1, metavar="N")
     parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
     parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
+    add_time(parser)
     parser.add_argument(
         "--against", nargs="*", metavar="PEER", help=f"default: all that fit; {', '.join(_PEERS)}"
     )
@@ -93,7 +95,7 @@ def main(arguments: list[str]) -> int:
     out = options.out or Path("reports") / free_name("benchmark", Path("reports"))
     from workflows.plan import locate  # torch: seconds
 
-    place, placement, facts = locate(asked, options.cluster, dry=False)
+    place, placement, facts = locate(asked, options.cluster, False, cluster.TimeLimit(options.time))
     measured = [*experiments, *([PREPARATION] if prepares else [])]
     print(aligned([("benchmark", ", ".join(measured)), *facts]), flush=True)
     command = shlex.join(["python", "workflows/benchmark.py", *arguments])

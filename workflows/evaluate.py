@@ -1,7 +1,7 @@
 """Evaluates trained runs: likelihoods, reconstructions, samples; on as many ranks as training has.
 
     python workflows/evaluate.py RUN [RUN …] [--split val|train] [--metrics GROUP …] [--iwae-samples K]
-                                 [--inception FILE] [--nodes N --gpus G] [--cluster NAME]
+                                 [--inception FILE] [--nodes N --gpus G] [--cluster NAME] [--time TIME]
 
 RUN is a run's name, its folder, or "latest". Each is measured at its best checkpoint. What is found goes to the
 run's journal and to MLflow, once a checkpoint: asked again, only what is missing is measured. Exit status: 0 done,
@@ -25,12 +25,13 @@ from cvae.evaluation.groups import UNITS, WHAT_THEY_ARE, Request, fitting, prefi
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from slurm import cluster, queue
-from slurm.cluster import Place, Placement
+from slurm.cluster import Place, Placement, TimeLimit
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
 from workflows.submission import job_environment, submitted
 from workflows.text import aligned, shown, table
+from workflows.time_option import add_time
 
 EVALUATE = "cvae.evaluation.run:evaluate_runs"
 _POLL_S = {"slurm": 3.0, "local": 0.5}
@@ -55,6 +56,7 @@ def parser() -> Parser:
     parser.add_argument("--nodes", type=positive, default=1, metavar="N")
     parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
     parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
+    add_time(parser)
     return parser
 
 
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> int:
     requests = _requests(runs, options)
     from workflows.plan import locate  # torch: seconds
 
-    place, placement, facts = locate(asked, options.cluster, dry=False)
+    place, placement, facts = locate(asked, options.cluster, False, TimeLimit(options.time))
     print(aligned([("evaluate", ", ".join(run.name for run in runs)), *facts]), flush=True)
     status = _run(requests, place, placement, asked.world_size)
     if status:

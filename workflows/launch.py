@@ -1,7 +1,7 @@
 """Trains an experiment, on SLURM or on this machine: prints the plan, submits, follows.
 
     python workflows/launch.py [EXPERIMENT] --nodes N --gpus G [--cluster NAME] [--engine ENGINE]
-                               [--name RUN] [--dry-run] [--preflight] [--detach] [key=value …]
+                               [--name RUN] [--time TIME] [--dry-run] [--preflight] [--detach] [key=value …]
 
 Exit status: 0 finished (or the preflight passed), 1 failed, 2 bad input (nothing is written; unless only
 the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ctrl-C (the run goes on).
@@ -15,10 +15,13 @@ from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.run_directory import free_name, telling_name
 from slurm import cluster
+from slurm.queue import requeue_warning
 from workflows.follow import follow
 from workflows.plan import default_experiment, plan_launch
+from workflows.run_state import submissions
 from workflows.submission import submit_new
 from workflows.text import shown
+from workflows.time_option import add_time
 
 
 def parser() -> Parser:
@@ -47,6 +50,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--name", metavar="RUN", help="default: the experiment, what was changed, the time"
     )
+    add_time(parser, "the cluster file's; ten minutes for --preflight")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -76,7 +80,8 @@ def main(arguments: list[str]) -> int:
     if options.preflight:
         from workflows.preflight import preflight  # torch: seconds
 
-        return preflight(asked, options.cluster, _experiment_to_check(files, overrides))
+        checked = _experiment_to_check(files, overrides)
+        return preflight(asked, options.cluster, checked, options.time)
     if files:
         file = _find(files[0])
     else:
@@ -86,7 +91,8 @@ def main(arguments: list[str]) -> int:
     origin = " ".join([shown(file), *overrides])
     changed = {key: value for key, _, value in (word.partition("=") for word in overrides)}
     name = options.name or free_name(telling_name(experiment.name, changed))
-    plan = plan_launch(experiment, origin, name, asked, options.cluster, options.dry_run)
+    time = cluster.TimeLimit(options.time)
+    plan = plan_launch(experiment, origin, name, asked, options.cluster, options.dry_run, time)
     print(plan.text(), flush=True)
 
     if options.dry_run:
@@ -94,6 +100,8 @@ def main(arguments: list[str]) -> int:
         print(f"\n{script}" if script else "\n(dry run: nothing was started)")
         return 0
     run = submit_new(plan.name, experiment, plan.place, plan.placement, plan.gpus)
+    if warning := requeue_warning(submissions(run)[-1]):
+        print(f"warning: {warning}")
     print()
     if options.detach:
         print(f"submitted {run.name}; follow it: python workflows/runs.py logs {run.name} --follow")

@@ -10,7 +10,7 @@ from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory, check_new_name
 from slurm import cluster, executors
-from slurm.cluster import Place, Placement
+from slurm.cluster import UNASKED, Place, Placement, TimeLimit
 from slurm.executors import Job
 from workflows.follow import open_mlflow
 from workflows.grace import expected_save_s, grace_fact
@@ -49,6 +49,7 @@ def plan_launch(
     asked: Placement,
     cluster_name: str | None,
     dry: bool,
+    time: TimeLimit = UNASKED,
 ) -> Plan:
     """origin: where the experiment was read, for the reader. dry: make do without SLURM's answers.
 
@@ -57,7 +58,7 @@ def plan_launch(
     check_new_name(name)
     # Before torch is imported, which takes seconds.
     open_store(experiment.data.name, experiment.data.image_size)
-    place, placement, where = locate(asked, cluster_name, dry)
+    place, placement, where = locate(asked, cluster_name, dry, time)
     asks = place.config.executor == "slurm" and place.config.slurm().answers()
     facts = [
         ("experiment", origin),
@@ -78,7 +79,7 @@ def plan_launch(
 
 
 def locate(
-    asked: Placement, cluster_name: str | None, dry: bool
+    asked: Placement, cluster_name: str | None, dry: bool, time: TimeLimit = UNASKED
 ) -> tuple[Place, Placement, list[Fact]]:
     """The place, the ranks as the place holds them, and both in words.
 
@@ -88,8 +89,10 @@ def locate(
     if place.config.executor == "slurm":
         if dry and not place.config.slurm().answers():
             where = f"cluster {place.name}; its SLURM does not answer here, so nothing is checked with it"
+            limits = {"time_limit_min": time.of(place)}
+            place = place._replace(config=place.config.model_copy(update=limits))
             return place, asked, [("where", where), ("ranks", str(asked))]
-        place = place._replace(config=cluster.fit(place, asked))
+        place = place._replace(config=cluster.fit(place, asked, time))
         limit = place.config.time_limit_min
         allowed = f"at most {limit} minutes" if limit else "no time limit"
         where = f"cluster {place.name} ({place.why}); {allowed}"
@@ -101,7 +104,10 @@ def locate(
             f"\n{count(asked.world_size, 'rank')} asked, this machine holds {placement.world_size}:"
             " by rule 2 the result is the same"
         )
-    return place, placement, [("where", f"this machine ({place.why}); {device}"), ("ranks", ranks)]
+    where = f"this machine ({place.why}); {device}"
+    if time.asked:
+        where += "; --time means nothing here"
+    return place, placement, [("where", where), ("ranks", ranks)]
 
 
 def _facts_of(experiment: Experiment, place: Place, placement: Placement, asks: bool) -> list[Fact]:

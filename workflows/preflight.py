@@ -11,8 +11,8 @@ from cvae.errors import UserError
 from cvae.training.preflight import EXPERIMENT_FILE, REPORT_FILE, Report
 from cvae.training.preflight_checks import Facts, size
 from slurm import queue
-from slurm.client import JobState
-from slurm.cluster import Placement
+from slurm.client import DONE, JobState
+from slurm.cluster import Placement, TimeLimit
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
@@ -25,14 +25,22 @@ ALONE = "cvae.training.preflight:alone"
 PASSED, FAILED = 0, 1
 _POLL_S = {"slurm": 2.0, "local": 0.3}
 _LAG_S = 30.0
+_SHORT_MIN = 10
 
 
-def preflight(asked: Placement, cluster_name: str | None, experiment: Experiment | None) -> int:
+def preflight(
+    asked: Placement,
+    cluster_name: str | None,
+    experiment: Experiment | None,
+    minutes: int | None = None,
+) -> int:
     """Runs the checks as a job and prints what they say, by node. Returns the command's exit status.
 
+    minutes: the job's time limit on SLURM, if another one is asked for than a short one.
     Raises UserError where there is no such cluster, it is too small, or it refuses the job.
     """
-    place, placement, facts = locate(asked, cluster_name, dry=False)
+    time_limit = TimeLimit(minutes, short=_SHORT_MIN)
+    place, placement, facts = locate(asked, cluster_name, dry=False, time=time_limit)
     needs = f"those of {experiment.name}" if experiment else "not known, its data are not prepared"
     print(aligned([*facts, ("needs", needs)]), flush=True)
     # Where runs write. The name keeps it out of their list.
@@ -46,9 +54,12 @@ def preflight(asked: Placement, cluster_name: str | None, experiment: Experiment
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     job = Job("preflight", folder, ALONE, (folder,), job_environment(Snapshot().write()))
     with submitted(job, place, placement, asked.world_size) as submission:
+        warning = queue.requeue_warning(submission)
         state = _wait(submission)
+    if warning:
+        print(f"warning: {warning}")
     file, deadline = folder / REPORT_FILE, time.monotonic() + _LAG_S
-    while not file.exists() and state.word == "COMPLETED" and time.monotonic() < deadline:
+    while not file.exists() and state.word in DONE and time.monotonic() < deadline:
         time.sleep(_POLL_S[submission.executor])
     if not file.exists():
         failure = first_failure(folder, submission.job_id)
@@ -102,6 +113,8 @@ def _wait(submission: Submission) -> JobState:
             if state.phase == "ended":
                 return state
             where = "queued" if state.phase == "queued" else "looking at the nodes"
+            if state.phase == "unknown":
+                where = f"cannot query the job ({state.reason}); retrying"
             display.status(f"{where}: {submission.where}")
             time.sleep(_POLL_S[submission.executor])
     finally:

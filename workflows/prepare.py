@@ -22,6 +22,7 @@ from cvae.errors import UserError
 from slurm import cluster
 from workflows import prepare_job
 from workflows.text import duration, shown
+from workflows.time_option import add_time
 
 _MOST_REASONS = 5
 
@@ -102,6 +103,7 @@ def _parser() -> Parser:
         metavar="NAME",
         help="configs/clusters/NAME.yaml (default: SLURM where it answers, else this machine)",
     )
+    add_time(ranks)
     coco.set_defaults(prepare=_prepare_coco)
     return parser
 
@@ -109,9 +111,10 @@ def _parser() -> Parser:
 def _prepare_coco(options: argparse.Namespace) -> Prepared:
     splits = _splits(options.split)
     fill = None
-    if options.nodes or options.gpus or options.cluster:
+    if options.nodes or options.gpus or options.cluster or options.time:
         nodes = options.nodes or 1
-        fill = prepare_job.filler(cluster.split(nodes, options.gpus or nodes), options.cluster)
+        asked = cluster.split(nodes, options.gpus or nodes)
+        fill = prepare_job.filler(asked, options.cluster, options.time)
     if options.download:
         download_coco(options.root, options.split)
     prepare_job.end_leftover(store_path("coco", options.size))

@@ -10,8 +10,8 @@ from cvae.data.building import locked, progress_bar
 from cvae.data.filling import Plan
 from cvae.errors import UserError
 from slurm import queue
-from slurm.client import JobState
-from slurm.cluster import Place, Placement
+from slurm.client import DONE, JobState
+from slurm.cluster import Place, Placement, TimeLimit
 from slurm.evidence import first_failure
 from slurm.executors import Job
 from slurm.queue import Submission
@@ -25,12 +25,14 @@ _POLL_S = {"slurm": 4.0, "local": 0.5}
 _LAG_S = 90.0
 
 
-def filler(asked: Placement, cluster_name: str | None) -> Callable[[Plan], None]:
+def filler(
+    asked: Placement, cluster_name: str | None, minutes: int | None = None
+) -> Callable[[Plan], None]:
     """What prepare_coco calls to have a plan filled by that many ranks.
 
     Raises UserError where there is no such cluster, or where it is smaller than what is asked.
     """
-    place, placement, facts = locate(asked, cluster_name, dry=False)
+    place, placement, facts = locate(asked, cluster_name, False, TimeLimit(minutes))
 
     def fill(plan: Plan) -> None:
         if plan.left():
@@ -78,7 +80,7 @@ def _run(plan: Plan, place: Place, placement: Placement, gpus: int) -> None:
     finally:
         _submission_file(plan.folder).unlink(missing_ok=True)
     deadline = time.monotonic() + _LAG_S
-    while (left := plan.left()) and state.word == "COMPLETED" and time.monotonic() < deadline:
+    while (left := plan.left()) and state.word in DONE and time.monotonic() < deadline:
         time.sleep(_POLL_S[submission.executor])
     if left:
         failure = first_failure(logs, submission.job_id)

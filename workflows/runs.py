@@ -24,6 +24,7 @@ from workflows.submission import code_fact, note_cancelled, submit
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory
 from workflows.text import aligned, shown
+from workflows.time_option import add_time
 
 _SAVE_PATIENCE_S = 60.0
 
@@ -52,6 +53,7 @@ def parser() -> Parser:
         "--gpus", type=positive, metavar="G", help="in total; default: as the last time"
     )
     resume.add_argument("--cluster", metavar="NAME", help="default: where it ran the last time")
+    add_time(resume)
     resume.add_argument(
         "--force",
         action="store_true",
@@ -133,11 +135,14 @@ def _resume(options: Any) -> int:
     nodes = options.nodes or (last.nodes if last and not options.gpus else 1)
     gpus = options.gpus or (last.gpus if last and not options.nodes else nodes)
     name = options.cluster or (last.cluster if last else None)
-    place, placement, facts = locate(cluster.split(nodes, gpus), name, dry=False)
+    time_limit = cluster.TimeLimit(options.time)
+    place, placement, facts = locate(cluster.split(nodes, gpus), name, False, time_limit)
     save_s = measured_save_s(run.journal_file)
     if save_s is not None and place.config.executor == "slurm":
         facts.append(grace_fact(place, save_s, "measured"))
-    submit(run, place, placement, gpus, force=options.force)
+    submission = submit(run, place, placement, gpus, force=options.force)
+    if warning := queue.requeue_warning(submission):
+        facts.append(("warning", warning))
     print(aligned([("run", run.name), *facts, ("code", code_fact(run))]), flush=True)
     if options.detach:
         print(f"submitted; follow it: python workflows/runs.py logs {run.name} --follow")

@@ -28,6 +28,7 @@ from slurm import cluster, queue, tries
 from workflows.sweeps.config import load_sweep
 from workflows.sweeps.directory import SweepDirectory
 from workflows.text import aligned, shown
+from workflows.time_option import add_time
 
 # More than a driver gets that is told to stop, and Ray and the mirror after it.
 _SAVE_PATIENCE_S = 150.0
@@ -67,6 +68,7 @@ def parser() -> Parser:
         help="with --resume: even if it is not known whether the sweep's last job has ended",
     )
     parser.add_argument("--cancel", metavar="SWEEP", help="end a sweep; its trials save first")
+    add_time(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
     parser.add_argument("--detach", action="store_true", help="submit and do not wait")
     return parser
@@ -200,7 +202,8 @@ def _seats(options: Any, experiment: Experiment) -> tuple[Any, Any]:
     nodes = options.nodes or 1
     many = 4096 if place.config.executor == "local" else nodes
     asked = cluster.split(nodes, options.gpus or many)
-    place, placement, where = locate(asked, options.cluster, options.dry_run)
+    time_limit = cluster.TimeLimit(options.time)
+    place, placement, where = locate(asked, options.cluster, options.dry_run, time_limit)
     if options.gpus is None:
         where = [(name, text.splitlines()[0]) for name, text in where]
     seats = Seats(place, placement, options.gpus_per_trial or 1.0)

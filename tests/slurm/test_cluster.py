@@ -1,16 +1,19 @@
 """The cluster file, what is asked of a cluster, and the sbatch script that comes of it."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cvae import yaml_model
+from cvae.command_line import Parser
 from cvae.errors import UserError
 from slurm import cluster, executors
-from slurm.client import NodeSize, Slurm, complaint, gpus_of
-from slurm.cluster import ClusterConfig, Place, Placement
+from slurm.client import NodeSize, Slurm, complaint, gpus_of, minutes_of
+from slurm.cluster import ClusterConfig, Place, Placement, TimeLimit
 from slurm.executors import Job
+from workflows import benchmark, evaluate, launch, prepare, runs, sweep
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in cluster.CLUSTERS.glob("*.yaml")))
@@ -164,6 +167,80 @@ def test_gaps_of_the_file_are_filled_by_slurm(monkeypatch: pytest.MonkeyPatch) -
     assert (fitted.cpus_per_gpu, fitted.time_limit_min) == (4, 1440)
     told = cluster.fit(_site(monkeypatch, cpus_per_gpu=2, time_limit_min=60), Placement(3, 4))
     assert (told.cpus_per_gpu, told.time_limit_min) == (2, 60)
+
+
+@pytest.mark.parametrize(
+    ("keys", "time", "minutes"),
+    [
+        ({}, TimeLimit(), 1440),
+        ({"time_limit_min": 60}, TimeLimit(asked=90), 90),
+        ({}, TimeLimit(short=10), 10),
+        ({"time_limit_min": 6}, TimeLimit(short=10), 6),
+        # A signal before the end must not come before the beginning.
+        ({"grace_s": 900}, TimeLimit(short=10), 17),
+        ({}, TimeLimit(asked=20, short=10), 20),
+    ],
+)
+def test_the_time_limit_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], time: TimeLimit, minutes: int
+) -> None:
+    place = _site(monkeypatch, **keys)
+    assert cluster.fit(place, Placement(1, 4), time).time_limit_min == minutes
+
+
+def test_a_time_limit_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = _site(monkeypatch)
+    with pytest.raises(
+        UserError, match=r"--time 3: grace_s = 120 of cluster site .* 4 minutes or more"
+    ):
+        cluster.fit(place, Placement(1, 4), TimeLimit(asked=3))
+    with pytest.raises(UserError, match=r"--time 1441: .* allows 1440 minutes"):
+        cluster.fit(place, Placement(1, 4), TimeLimit(asked=1441))
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("90:01", 91),
+        ("1:30:00", 90),
+        ("1-12", 36 * 60),
+        ("1-12:30", 36 * 60 + 30),
+        ("1-12:30:30", 36 * 60 + 31),
+        ("30:00", 30),
+        ("infinite", None),
+        ("UNLIMITED", None),
+        ("-5", None),
+        ("1.5", None),
+        ("٣", None),
+        ("1-", None),
+        ("", None),
+        ("9" * 8, None),
+        ("9" * 500, None),
+    ],
+)
+def test_slurms_notations_of_a_time_limit(text: str, minutes: int | None) -> None:
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize(
+    "parser",
+    [launch.parser, evaluate.parser, sweep.parser, benchmark.parser, prepare._parser, runs.parser],
+)
+def test_every_command_that_submits_takes_a_time_limit(parser: Callable[[], Parser]) -> None:
+    start = {
+        prepare._parser: ["coco", "--root", "x"],
+        runs.parser: ["resume", "r"],
+        evaluate.parser: ["r"],
+    }.get(parser, [])
+    assert parser().parse_args([*start, "--time", "1:30:00"]).time == 90
+    assert parser().parse_args(start).time is None
+    for bad in ("0", "soon", "0:00", "-5", "1e3"):
+        with pytest.raises(
+            UserError, match=r"is no time limit; write minutes|expected one argument"
+        ):
+            parser().parse_args([*start, "--time", bad])
 
 
 def test_this_machine_holds_no_more_ranks_than_cores_or_gpus() -> None:

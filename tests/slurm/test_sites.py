@@ -7,6 +7,7 @@ import pytest
 
 from slurm import files, requeueing, supervisor, tries
 from slurm.client import Slurm
+from slurm.queue import Submission, requeue_warning
 from slurm.tries import Care, Try
 from tests.slurm.site import BUSY, DISABLED, GONE, NO_ACCOUNTING, Site, site
 
@@ -64,6 +65,18 @@ def test_a_refused_requeue_is_told_as_what_it_is(
     assert (
         f"{DISABLED}; it can be resumed by hand, restarts False" in (tmp_path / "noted").read_text()
     )
+
+
+@pytest.mark.parametrize(("requeue", "warned"), [("0", True), ("1", False)])
+def test_a_job_that_slurm_will_not_requeue_is_announced(
+    site: Site, requeue: str, warned: bool
+) -> None:
+    fields = {"time": 1.0, "cluster": "c", "executor": "slurm", "job_id": JOB, "host": "login"}
+    submission = Submission.model_validate({**fields, "nodes": 1, "gpus": 1, "world_size": 1})
+    site.says("scontrol", f"show*) echo JobState=PENDING Requeue={requeue} Restarts=0;;")
+    assert ("Requeue=0 for job 12 on c" in (requeue_warning(submission) or "")) == warned
+    site.fails("scontrol", GONE)
+    assert requeue_warning(submission) is None
 
 
 def test_a_busy_controller_is_asked_again(

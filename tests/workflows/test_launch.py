@@ -251,7 +251,7 @@ def _read(terminal: int) -> str:
         return ""
 
 
-def test_submissions_are_written_down(home: Path) -> None:
+def test_submissions_are_written_down(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What other tools read of launch.json."""
     run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
     entry = {
@@ -266,8 +266,8 @@ def test_submissions_are_written_down(home: Path) -> None:
         "added by a later version": 1,
     }
     run.launch_file.write_text(json.dumps([entry]))
-    with pytest.raises(UserError, match="job 12 on v100"):
-        runs.main(["cancel", "r"])
+    assert runs.main(["cancel", "r"]) == 1
+    assert "whether job 12 on v100 has ended is not known: " in capsys.readouterr().out
 
 
 def test_a_training_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
