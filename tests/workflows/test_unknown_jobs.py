@@ -19,8 +19,6 @@ from workflows import runs, sweep
 from workflows.sweeps.directory import SweepDirectory
 
 __all__ = ["site"]
-RUNNING = "*) echo 'RUNNING|None|2026-11-25T12:00:00|n1';;"
-ENDED = "*) echo 'CANCELLED|None|2026-11-25T12:00:00|n1';;"
 
 
 def entry(**more: Any) -> dict[str, Any]:
@@ -57,7 +55,7 @@ def test_a_squeue_that_fails_once_while_cancelling(
     count = f"$(grep -c ^squeue {site.folder}/asked)"
     gone = f"grep -q '^scancel 12' {site.folder}/asked"
     site.says("squeue", f"*) [ {count} -ne 3 ] || exit 1; {gone} && s=CANCELLED || s=RUNNING;"
-              " echo \"$s|None|2026-11-25T12:00:00|n1\";;")  # fmt: skip
+              " echo \"12|$s|None|2026-11-25T12:00:00|n1\";;")  # fmt: skip
     assert runs.main(["cancel", "r"]) == 0
     assert site.times("scancel 12") == 1
     assert "cancelled  r" in capsys.readouterr().out
@@ -70,7 +68,7 @@ def test_a_scancel_that_fails_is_named_and_repeated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended = f"[ $(grep -c '^scancel 12' {site.folder}/asked) -ge 3 ]"
-    site.says("squeue", f'*) {ended} && s=CANCELLED || s=RUNNING; echo "$s|None|N/A|n1";;')
+    site.says("squeue", f'*) {ended} && s=CANCELLED || s=RUNNING; echo "12|$s|None|N/A|n1";;')
     site.fails("scancel", GONE, times=2, only="12*")
     monkeypatch.setattr(queue, "_CANCEL_PATIENCE_S", 20.0)
     assert runs.main(["cancel", "r"]) == 0
