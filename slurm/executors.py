@@ -137,7 +137,9 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     ranks = placement.ranks_per_node
     tasks = 1 if what.once_per_node else ranks
     flags: dict[str, bool] = {"no_kill": True} if what.once_per_node else {}
-    bad_exit = "--no-kill" if what.once_per_node else "--kill-on-bad-exit=1"
+    # One node's bad end is not the others', whatever the site's own KillOnBadExit and WaitTime.
+    apart = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
+    bad_exit = apart if what.once_per_node else ["--kill-on-bad-exit=1"]
     return {
         "job_name": what.name,
         "partition": config.partition,
@@ -159,7 +161,7 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
         # A site may have turned requeueing off for those who do not ask for it.
         "additional_parameters": {"chdir": str(what.folder), "requeue": True, **flags},
         # Since SLURM 22.05 srun does not take over sbatch's --cpus-per-task.
-        "srun_args": [f"--cpus-per-task={cpus * ranks // tasks}", bad_exit],
+        "srun_args": [f"--cpus-per-task={cpus * ranks // tasks}", *bad_exit],
     }
 
 

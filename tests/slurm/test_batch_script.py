@@ -161,3 +161,12 @@ def test_ranks_wait_longer_for_each_other_on_more_nodes(
         else:
             assert start_s >= least_start_s
             assert watchdog_s >= least_watchdog_s
+
+
+@pytest.mark.parametrize("once_per_node", [False, True])
+def test_a_lost_node_ends_a_training_but_not_a_sweep(tmp_path: Path, once_per_node: bool) -> None:
+    job = Job("j", tmp_path, "m:f", (), {}, once_per_node=once_per_node)
+    script = executors.sbatch_script(job, ClusterConfig(executor="slurm"), Placement(2, 4))
+    srun = script.strip().splitlines()[-1]
+    assert ("--no-kill --kill-on-bad-exit=0 --wait=0" in srun) == once_per_node
+    assert ("--kill-on-bad-exit=1" in srun) != once_per_node
