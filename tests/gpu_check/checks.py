@@ -19,7 +19,16 @@ _ALL = (
     Check("losses-resnet", "numerics:losses", 25, "50 steps in each precision", ("resnet",)),
     Check("losses-ldm", "numerics:losses", 45, "50 steps in each precision", ("ldm",)),
     Check("not-finite", "safety:not_finite", 25, "a NaN ends the run at its step, unsaved"),
-    Check("resume", "resume:resume", 45, "killed, resumed: the same bits"),
+    Check("overflow", "safety:overflow", 20, "loss scaling in fp16"),
+    Check("resume", "resume:resume", 45, "killed and resumed: the same bits"),
+    Check("contexts", "contexts:contexts", 25, "one CUDA context for each rank"),
+    Check("collectives", "engines:collectives", 30, "NCCL, or gloo on a CPU"),
+    Check("peaks", "speed:peaks", 20, "what the device reaches"),
+    Check("speed", "speed:speed", 60, "the loop beside the bare step", ("pixels",)),
+    Check("largest", "largest:largest", 50, "the largest batches that fit"),
     Check("compile", "numerics:compiled", 40, "training.compile on and off"),
+    Check("speed-large", "speed:speed", 60, "the same with large images", ("large_pixels",)),
+    Check("deepspeed", "engines:deepspeed", 60, "ZeRO 0 to 3 beside DDP"),
+    Check("published", "peers:published", 60, "the paper's loop"),
 )
 CHECKS = {check.name: check for check in _ALL}

@@ -8,7 +8,7 @@ import torch
 
 from cvae.config import Experiment
 from cvae.data.experiment_data import open_data
-from cvae.data.feed import micro_batches
+from cvae.data.feed import MicroBatch, micro_batches
 from cvae.data.order import BatchOrder
 from cvae.models.cvae import build_model
 from cvae.training.engine import Engine, build_engine
@@ -63,6 +63,15 @@ def curve(
         norms.append(float(sums[3]))
     middle = sorted(times[steps // 2 :])[(steps - steps // 2) // 2]
     return Curve(losses, norms, engine, settling_s, middle)
+
+
+def first_batch(experiment: Experiment, engine: Engine, ranks: Ranks) -> MicroBatch:
+    """Returns the run's first batch, whole."""
+    data, model = open_data(experiment), engine.eval_model
+    batch_size = experiment.training.global_batch_size
+    order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
+    whole = slice(0, batch_size)
+    return micro_batches(data, data.train, order.batch(0), whole, None, ranks.device)[0]
 
 
 def deviation(one: list[float], other: list[float]) -> float:
