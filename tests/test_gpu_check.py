@@ -55,7 +55,7 @@ def check(out: Path, *arguments: str, customized: str = "") -> "subprocess.Compl
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
 
 
@@ -65,16 +65,11 @@ def found(out: Path) -> dict[str, Any]:
 
 
 def test_needs_few_packages_and_says_what_it_skips(tmp_path: Path) -> None:
-    names = ("losses-conv", "losses-ldm", "not-finite", "resume")
+    names = ("losses-conv", "losses-ldm", "not-finite")
     done = check(tmp_path, "--only", *names, customized=_BLOCK)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = found(tmp_path)
-    assert {name: checks[name]["verdict"] for name in names} == {
-        "losses-conv": "passed",
-        "losses-ldm": "skipped",
-        "not-finite": "passed",
-        "resume": "passed",
-    }
+    assert [checks[name]["verdict"] for name in names] == ["passed", "skipped", "passed"]
     assert checks["losses-ldm"]["findings"][0]["measured"] == "needs the package diffusers"
     table = (tmp_path / "gpu_check.md").read_text()
     assert "pydantic stand-in" in table
@@ -83,30 +78,30 @@ def test_needs_few_packages_and_says_what_it_skips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "code", "row"),
+    ("name", "module", "code", "rows"),
     [
         (
             "not-finite",
             "cvae.training.meter",
             "Meter._first_bad = lambda self: self._noted.clear()",
-            "fp32: the step is named",
+            ["fp32: the step is named", "bf16: the step is named"],
         ),
         (
             "resume",
             "cvae.data.order",
             "import os\n_draw = _generator\n"
             "def _generator(seed, stream, counter): return _draw(seed + os.getpid(), stream, counter)",
-            "1 rank, fp32: resumed beside undisturbed",
+            ["1 rank, fp32: resumed beside undisturbed", "1 rank: the journals' losses"],
         ),
     ],
 )
 def test_a_broken_product_fails(
-    tmp_path: Path, name: str, module: str, code: str, row: str
+    tmp_path: Path, name: str, module: str, code: str, rows: list[str]
 ) -> None:
     done = check(tmp_path, "--only", name, customized=_BREAK.format(module=module, code=code))
     assert done.returncode == 1, done.stdout + done.stderr
     findings = found(tmp_path)[name]["findings"]
-    assert {one["what"]: one["verdict"] for one in findings}[row] == "failed"
+    assert [one["what"] for one in findings if one["verdict"] == "failed"] == rows
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,15 @@ def arithmetic(setting: Setting) -> Iterator[Finding]:
                 continue
             curve(setting.experiment("conv", precision=name), ranks, 1)
             for kind, off in _errors(ranks.device).items():
-                low, high = (1e-5, 5e-3) if name == "tf32" else (0.0, 1e-5)
+                is_tf32 = name == "tf32"
+                # With TF32 allowed cuDNN may still choose a kernel without it; cuBLAS does not.
+                low = 3e-5 if is_tf32 and "product" in kind else 0.0
+                high = 5e-3 if is_tf32 else 3e-5
                 yield judged(
                     f"{kind} in {name}",
                     low <= off <= high,
                     f"{off:.1e} from fp64",
-                    "1e-5 to 5e-3: ten bits of mantissa"
-                    if name == "tf32"
-                    else "at most 1e-5: TF32 would give 3e-4",
+                    f"{low:.0e} to {high:.0e}: TF32, of ten bits, gives some 3e-4",
                     deviation=off,
                 )
     if reason := setting.why_not("tf32"):
@@ -52,9 +53,9 @@ def arithmetic(setting: Setting) -> Iterator[Finding]:
 def _errors(device: torch.device) -> dict[str, float]:
     """Root mean square errors, relative to the results' own."""
     generator = torch.Generator().manual_seed(5)
-    left, right = (torch.randn(256, 512, generator=generator) for _ in range(2))
-    maps = torch.randn(8, 64, 16, 16, generator=generator)
-    kernel = torch.randn(64, 64, 3, 3, generator=generator)
+    left, right = (torch.randn(1024, 1024, generator=generator) for _ in range(2))
+    maps = torch.randn(16, 128, 32, 32, generator=generator)
+    kernel = torch.randn(128, 128, 3, 3, generator=generator)
 
     def off(found: Tensor, exact: Tensor) -> float:
         difference = found.cpu().double() - exact

@@ -22,7 +22,7 @@ Processes = list["subprocess.Popen[str]"]
 
 def new_run(name: str, experiment: Experiment, every_steps: int | None = None) -> RunDirectory:
     """Makes a run's folder. every_steps: between two checkpoints."""
-    checkpoint = experiment.checkpoint.model_copy(update={"every_steps": every_steps, "keep": 100})
+    checkpoint = experiment.checkpoint.model_copy(update={"every_steps": every_steps, "keep": 5})
     return RunDirectory.create(name, experiment.model_copy(update={"checkpoint": checkpoint}))
 
 

@@ -31,7 +31,7 @@ def not_finite(setting: Setting) -> Iterator[Finding]:
     for name in setting.precisions():
         options: dict[str, Any] = {"precision": name, "max_steps": _STEPS, "log_every": 20}
         # Large enough that the image is met once in the run's first epoch, in the middle.
-        clean = setting.experiment("conv", **options)
+        clean = setting.experiment("conv", narrow=True, **options)
         data = clean.data.model_copy(update={"name": "spoiled"})
         spoiled = clean.model_copy(update={"data": data})
         batch_size = clean.training.global_batch_size
@@ -171,7 +171,7 @@ def _endless(setting: Setting) -> Iterator[Finding]:
     """Gradients that never are finite while the loss is: the run must end and say why."""
     run = runs.new_run(
         "endless",
-        setting.experiment("conv", precision="fp16", max_steps=200, log_every=1),
+        setting.experiment("conv", narrow=True, precision="fp16", max_steps=200, log_every=1),
         _EVERY,
     )
     build = training.build_model

@@ -69,10 +69,16 @@ class Setting:
         """All that this device can do, the reference first."""
         return [name for name in ("fp32", "tf32", "bf16", "fp16") if self.why_not(name) is None]
 
-    def experiment(self, backbone: str = "conv", pixels: int | None = None, **changes: Any) -> Any:
+    def experiment(
+        self,
+        backbone: str = "conv",
+        pixels: int | None = None,
+        narrow: bool = False,
+        **changes: Any,
+    ) -> Any:
         """Returns an Experiment of the published sizes, or of tiny ones. changes: keys of `training`.
 
-        Its data are there afterwards.
+        narrow: a conv model whose checkpoints are small. Its data are there afterwards.
         """
         from cvae.config import Experiment
 
@@ -104,6 +110,9 @@ class Setting:
                     "norm_num_groups": 4,
                 },
             }
+        elif narrow:
+            tree["model"]["conv"] = {"width": 16}
+            tree["training"]["global_batch_size"] = 16
         tree["training"] |= {"eval_every": 10**9, "log_every": 10**9, **changes}
         return Experiment.model_validate(tree)
 
@@ -111,8 +120,8 @@ class Setting:
         name = "structured"
         root = self.home / "data" / f"{name}-{pixels}"
         if not (root / "manifest.json").exists():
-            # 40 MB of images at the most.
-            counts = (96, 32) if self.small else {64: (2048, 512)}.get(pixels, (96, 32))
+            # 40 MB at the most.
+            counts = (96, 32) if self.small else {64: (1024, 256)}.get(pixels, (64, 32))
             write_store(root, pixels, self.text_dim, counts)
         return name
 

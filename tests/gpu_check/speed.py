@@ -46,7 +46,7 @@ def peaks(setting: Setting) -> Iterator[Finding]:
 def speed(setting: Setting, size: str) -> Iterator[Finding]:
     """size: the attribute of Setting that says how large the images are."""
     pixels: int = getattr(setting, size)
-    seconds = 1.0 if setting.small else 5.0
+    seconds = 0.5 if setting.small else 3.0
     with connect() as ranks:
         reached: dict[str, float] = {}
         for backbone in ("conv", "ldm", "resnet"):

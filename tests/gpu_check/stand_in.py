@@ -129,6 +129,26 @@ class BaseModel:
         return f"{type(self).__name__}({self.__dict__})"
 
 
+class TypeAdapter:
+    def __init__(self, kind: Any, **options: Any) -> None:
+        self.kind = kind
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return cls
+
+    def validate_python(self, value: Any, **options: Any) -> Any:
+        return _converted(self.kind, value)
+
+    def validate_json(self, text: str | bytes, **options: Any) -> Any:
+        return _converted(self.kind, json.loads(text))
+
+    def dump_python(self, value: Any, mode: str = "python", **options: Any) -> Any:
+        return _dumped(value, mode)
+
+    def dump_json(self, value: Any, indent: int | None = None, **options: Any) -> bytes:
+        return json.dumps(_dumped(value, "json"), indent=indent).encode()
+
+
 def _converted(kind: Any, value: Any) -> Any:
     """The value as its annotation wants it: models from dictionaries, tuples from lists, floats from integers."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -179,6 +199,7 @@ def model_validator(mode: str) -> Callable[[Any], Any]:
 
 _NAMES = {
     "BaseModel": BaseModel,
+    "TypeAdapter": TypeAdapter,
     "ConfigDict": dict,
     "Field": field,
     "ValidationError": ValidationError,
