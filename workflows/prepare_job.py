@@ -98,8 +98,11 @@ def _wait(plan: Plan, submission: Submission) -> JobState:
         while True:
             # Asked before counting: whatever a job finished before it ended is then counted.
             state = queue.look(submission)
-            waits = state.phase == "queued"
-            bar.set_description("queued" if waits else "decode and encode", refresh=False)
+            other = {
+                "queued": "queued",
+                "unknown": f"cannot query the job ({state.reason}); retrying",
+            }
+            bar.set_description(other.get(state.phase, "decode and encode"), refresh=False)
             bar.update(plan.total - plan.left() - bar.n)
             if state.phase == "ended":
                 return state

@@ -57,12 +57,15 @@ def list_text(runs: list[RunDirectory]) -> str:
     open_ones = [one.last for one in listed if not one.settled and one.last is not None]
     jobs = iter(queue.look_at_all(open_ones))
     rows = []
+    unknown: dict[str, None] = {}
     for one in listed:
         job = NO_JOB if one.settled or one.last is None else next(jobs)
+        if job.phase == "unknown":
+            unknown.setdefault(printable(f"unknown: {job.reason}"))
         rows.append(_row(one, job))
     header = ["RUN", "STATUS", "STEP", "VAL LOSS", "WHERE", "AGE"]
     text = table(header, rows, right=["STEP", "VAL LOSS", "AGE"])
-    return "\n".join([text, *odd])
+    return "\n".join([text, *unknown, *odd])
 
 
 def _reason(run: RunDirectory, error: UserError | OSError) -> str:
@@ -131,6 +134,8 @@ def show_text(run: RunDirectory) -> str:
     told = story(run, lines, state.job) if entries else []
     if told:
         facts.append(("tries", "\n".join(told)))
+    if state.status in ("failed", "died", "stopped", "cancelled"):
+        facts.append(("continue", f"python workflows/runs.py resume {printable(run.name)}"))
     facts += _preflight(lines) + _ran_on(lines) + _metrics(lines) + _checkpoints(run)
     notices = [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]
     if notices:

@@ -110,7 +110,9 @@ def test_runs_are_listed_and_shown_without_squeue(
     site.lacks("squeue")
     tries.begin(run.logs, "12", ["n1"], 1.0, "", "")
     assert runs.main(["list"]) == 0
-    assert "unknown" in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[1].split()[:2] == ["r", "unknown"]
+    assert listed[2] == "unknown: SLURM's squeue is not installed here"
     assert runs.main(["show", "r"]) == 0
     assert "unknown: SLURM's squeue is not installed here" in capsys.readouterr().out
 
