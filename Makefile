@@ -50,7 +50,7 @@ lint: install
 	mypy
 
 mlflow: install
-	python -m workflows.mlflow_ui
+	python -m workflows.mlflow_ui $(PORT)
 
 # A machine with a GPU may have no network: this installs nothing, and takes the Python that is there.
 gpu-check:

@@ -2,6 +2,7 @@
 
 import textwrap
 import time
+from contextlib import suppress
 from typing import Any
 
 from cvae import paths
@@ -91,7 +92,9 @@ class _Follower:
                 patience = _AFTERMATH_S if state.status == "finished" else _RESTART_S
                 if not self.job.alive or time.monotonic() > ended_at + patience:
                     return run_state(self.run)
-                self.display.status(f"{state.status}; waiting for MLflow and for the job to end")
+                self.display.status(
+                    f"{state.status}; waiting for the job to end", self._mirroring()
+                )
                 time.sleep(_JOURNAL_POLL_S)
                 continue
             ended_at = None
@@ -100,6 +103,13 @@ class _Follower:
             if state.status != "running":
                 self._wait(state)
             time.sleep(_JOURNAL_POLL_S)
+
+    def _mirroring(self) -> str:
+        """What MLflow still lacks; the job ends when it has all, or half a minute later."""
+        with suppress(UserError, OSError):
+            if missing := behind(self.run.path):
+                return f", and for MLflow: {count(missing, 'journal line')} to go"
+        return ""
 
     def _ask(self) -> None:
         if time.monotonic() - self.asked_at < _QUEUE_POLL_S[self.submission.executor]:

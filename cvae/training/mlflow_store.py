@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
 from cvae import paths
@@ -31,7 +32,9 @@ def create_store(uri: str) -> None:
             return
         nascent = Path(f"{file}.new")
         nascent.unlink(missing_ok=True)
-        MlflowClient(tracking_uri=f"sqlite:///{nascent}").search_experiments(max_results=1)
+        # The experiment `Default`, too, keeps its files beside the database, not in the present folder.
+        files = (file.resolve().parent / "mlruns").as_uri()
+        SqlAlchemyStore(f"sqlite:///{nascent}", files).engine.dispose()
         nascent.rename(file)
 
 

@@ -148,7 +148,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
         Path(checkpoint_dir, _POINTER).write_text(json.dumps(pointer))
 
     def _saved(self, step: int) -> bool:
-        lines = journal.read(self.run.journal_file)[0]
+        lines = journal.read_outline(self.run.journal_file)
         return any(line["kind"] == "checkpoint" and line["step"] >= step for line in lines)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:

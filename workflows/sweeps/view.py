@@ -165,7 +165,7 @@ def _step(trial: Trial) -> str:
     if not run.experiment_file.exists():
         return ""
     total = total_steps(run)
-    return f"{newest_step(journal.read(run.journal_file)[0]):,}/{total or '?'}"
+    return f"{newest_step(journal.read_outline(run.journal_file)):,}/{total or '?'}"
 
 
 def changed(trial: Trial) -> str:
