@@ -43,7 +43,7 @@ def micro_batches(
         condition = data.condition(split, indices, batch.caption_choice[part])
         pieces.append(
             MicroBatch(
-                _to(device, split.images.take(indices, axis=0)),
+                _to(device, split.take_images(indices)),
                 None if condition is None else _to(device, condition),
                 _to(device, batch.noise[part]),
             )

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cvae.data.rows import LARGE, RowReader
 from cvae.data.verified import Verified, file_sha256
 from cvae.errors import UserError
 from cvae.paths import data_dir
@@ -116,30 +117,41 @@ class Split:
                 raise _Odd(folder / name, "the manifest does not list it")
         n, size = split.images, manifest.image_size
         shape = (n, manifest.channels, size, size)
-        self.images: NDArray[np.uint8] = _mapped(folder / "images.npy", "uint8", shape)
-        self.ids: NDArray[np.int64] = _mapped(folder / "ids.npy", "int64", (n,)).copy()
+        # Plain arrays over the mapped files: to index a memmap takes twice as long.
+        images = _mapped(folder / "images.npy", "uint8", shape)
+        self.images: NDArray[np.uint8] = images.view(np.ndarray)
+        self._large: RowReader | None = None
+        if self.images[0].nbytes >= LARGE:
+            self._large = RowReader(folder / "images.npy", images.offset, shape)
+        self.ids: NDArray[np.int64] = np.array(_mapped(folder / "ids.npy", "int64", (n,)))
         self.labels: NDArray[np.int64] | None = None
         self.caption_offsets: NDArray[np.int64] | None = None
         self.text: NDArray[np.float32] | None = None
         if "labels.npy" in split.files:
-            self.labels = _mapped(folder / "labels.npy", "int64", (n,)).copy()
+            self.labels = np.array(_mapped(folder / "labels.npy", "int64", (n,)))
             if self.labels.min() < 0 or self.labels.max() >= self._classes:
                 raise _Odd(
                     folder / "labels.npy", f"labels are not all from 0 to {self._classes - 1}"
                 )
         if "caption_offsets.npy" in split.files:
             file = folder / "caption_offsets.npy"
-            offsets = _mapped(file, "int64", (n + 1,)).copy()
+            offsets = np.array(_mapped(file, "int64", (n + 1,)))
             if offsets[0] != 0 or offsets[-1] != split.captions or (np.diff(offsets) < 1).any():
                 raise _Odd(file, f"offsets do not rise from 0 to {split.captions}")
             self.caption_offsets = offsets
         if text_encoder is not None:
             width = manifest.text_encoders[text_encoder].dim
             file = folder / text_file(text_encoder)
-            self.text = _mapped(file, "float32", (split.captions, width))
+            self.text = _mapped(file, "float32", (split.captions, width)).view(np.ndarray)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def take_images(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Returns the images of these rows, uint8 (B, C, H, W); large ones sooner than images[indices]."""
+        return (
+            self.images.take(indices, axis=0) if self._large is None else self._large.take(indices)
+        )
 
     @cached_property
     def captions(self) -> list[str]:
@@ -211,7 +223,7 @@ class _Odd(Exception):
         super().__init__(f"{file} is damaged ({reason})")
 
 
-def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
     try:
         mapped = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a strange header can raise anything in there
@@ -222,8 +234,7 @@ def _mapped(file: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         raise _Odd(file, f"it is {mapped.dtype} {mapped.shape} instead of {dtype} {shape}")
     if not mapped.flags.c_contiguous:
         raise _Odd(file, "its rows are not one after the other")
-    # A plain array over the mapped file: to index a memmap takes twice as long.
-    return mapped.view(np.ndarray)
+    return mapped
 
 
 class Store:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,18 @@ def test_a_damaged_manifest_is_one_line(tiny_store: Path) -> None:
 def test_encoders_named_by_folder_stay_inside_the_store() -> None:
     assert text_file("/models/bert") == "text/models--bert.npy"
     assert text_file("minilm") == "text/minilm.npy"
+
+
+def test_large_rows_are_the_same_bits(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cvae.data.store.LARGE", 1)
+    split = open_store("tiny", 16).split("train")
+    rows = np.random.default_rng(0).integers(0, len(split), 200)
+    taken = split.take_images(rows)
+    assert type(split.images) is np.ndarray
+    assert taken.dtype == np.uint8
+    np.testing.assert_array_equal(taken, split.images[rows])
+    assert split.take_images(rows[:0]).shape == (0, 1, 16, 16)
+    file = tiny_store / "train" / "images.npy"
+    os.truncate(file, file.stat().st_size - 300)
+    with pytest.raises(OSError, match="has become shorter"):
+        split.take_images(np.array([0, len(split) - 1]))
