@@ -1,10 +1,19 @@
 """How journal and queue together make a run's status."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from cvae.config import Experiment
+from cvae.data.experiment_data import open_data
+from cvae.run_directory import RunDirectory
 from cvae.training.journal_lines import Line
 from slurm.client import JobState
-from workflows.run_state import judge
+from tests.conftest import tiny_experiment
+from workflows.display import Display
+from workflows.follow import _Follower
+from workflows.run_state import RunState, judge, total_steps_of
 
 START: Line = {"kind": "start", "time": 100.0}
 STOPPED: Line = {"kind": "end", "time": 200.0, "status": "stopped", "reason": "SIGTERM at step 9"}
@@ -51,3 +60,28 @@ def test_a_local_job_that_was_cancelled_early_did_not_die() -> None:
     ended = JobState("ended", "ENDED")
     assert judge([], ended, cancelled=True).status == "cancelled"
     assert judge([], ended, cancelled=False).status == "died"
+
+
+def test_the_total_of_steps_honours_the_share_of_the_data(tiny_store: Path) -> None:
+    experiment = Experiment.model_validate(tiny_experiment())
+    half = experiment.model_copy(
+        update={"data": experiment.data.model_copy(update={"fraction": 0.5})}
+    )
+    for one in (experiment, half):
+        rows = open_data(one).train_rows
+        assert total_steps_of(one) == one.total_steps(len(rows))
+    assert total_steps_of(half) != total_steps_of(experiment)
+    (tiny_store / "manifest.json").write_text('{"splits": []}')
+    assert total_steps_of(half) is None
+
+
+def test_a_job_that_starts_here_names_its_host_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
+    entry = {"time": 1, "cluster": "local", "executor": "local", "job_id": "7", "host": "vm"}
+    run.launch_file.write_text(json.dumps([{**entry, "nodes": 1, "gpus": 1, "world_size": 1}]))
+    follower = _Follower(run, Display())
+    follower.job = JobState("running", "RUNNING", "vm")
+    follower._wait(RunState("starting", "", follower.job))
+    assert capsys.readouterr().out == "starting: process 7 on vm\n"

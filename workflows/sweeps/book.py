@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
         sweep = SweepDirectory(self.folder)
         told, settings = sweep.trials(), sweep.sweep()
         entry = next(one for one in told if one.id == trial.trial_id)
+        before = deepcopy(entry)
         # Under population based training the keys change on the way.
         entry.values = values_of(trial.config)
         for key, value in changes.items():
@@ -94,7 +96,8 @@ class Book(tune.Callback):  # type: ignore[misc]  # Ray is not checked, see pypr
         if value is not None and math.isfinite(value):
             better = min if settings.mode == "min" else max
             entry.best = value if entry.best is None else better(entry.best, value)
-        sweep.write_trials(told)
+        if entry != before:
+            sweep.write_trials(told)
         if "epoch" in changes:
             _mark_progress(self.folder, sum(one.step for one in told))
 
