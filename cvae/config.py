@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
 Channels = Annotated[int, Field(gt=0, le=2**16)]
 Pixels = Annotated[int, Field(gt=0, le=8192)]
-Depth = Annotated[int, Field(gt=0, le=64)]
+Depth = Annotated[int, Field(gt=0, le=32)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 

@@ -83,8 +83,8 @@ def models(draw: random.Random, folder: Path) -> Case:
         "model.mlp.hidden_dim": (1, 2**20),
         "model.conv.width": (1, 64, 2**16),
         "model.resnet.width": (1, 64, 2**16),
-        "model.resnet.blocks": (1, 64),
-        "model.ldm.layers_per_block": (1, 64),
+        "model.resnet.blocks": (1, 32),
+        "model.ldm.layers_per_block": (1, 32),
         "model.ldm.block_out_channels": (
             "[32]",
             f"[{', '.join(['65536'] * 8)}]",
