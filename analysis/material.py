@@ -93,17 +93,14 @@ class Material:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What each run is called in a picture: its values of the keys that differ, else its name."""
-        rows = self.runs.iterrows()
-        return {
-            str(name): ", ".join(shown(row[key]) for key in self.keys) or str(name)
-            for name, row in rows
-        }
+        """What each run is called in a picture: the keys that differ with their values, else its name."""
+        return {str(name): group if self.keys else str(name) for name, group in self.groups.items()}
 
     def showcase(self, most: int) -> list[str]:
-        """Folders of the runs whose pictures are shown: the first of each group, the best groups first."""
+        """Returns the folders of the runs that draw, in the table's order: one of each of the best groups."""
         if METRIC not in self.runs:
             return []
         here = self.whole[self.whole["path"].notna()].sort_values(METRIC)
         firsts = here.assign(group=self.groups).groupby("group", sort=False)["path"].first()
-        return [str(path) for path in firsts[:most]]
+        chosen = set(firsts[:most])
+        return [str(path) for path in self.runs["path"] if path in chosen]

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from analysis import figures
-from analysis.claims import NOT_TESTED, judge
+from analysis.claims import CLAIMS, MARGIN, NOT_TESTED, judge
 from analysis.intervals import compare, importance
 from analysis.intervals import summary as mean_and_se
 from analysis.material import MEANING, METRIC, Material
 from analysis.page import Direction, Measure, Part, Section, drawing, picture, shown, table
 from analysis.showcase import Picture
+from cvae.evaluation.groups import CONSTANTS, LOSS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,8 @@ _BETTER: "dict[str, Direction]" = {
 }
 _MOST_CHANGED_VALUES = 8
 _ABLATION = [
-    *("metric", "setting", "first", "second", "verdict", "difference", "95 % interval", "seeds"),
+    # What matters comes first: a phone shows three columns.
+    *("first", "second", "verdict", "difference", "95 % interval", "seeds", "metric", "setting"),
     *("first mean", "second mean"),
 ]
 
@@ -84,6 +86,7 @@ def sections(material: Material, drawn: Sequence[Picture]) -> Report:
         Section("pictures", "Pictures", [picture(p.image, p.title, p.text) for p in drawn]),
         *([] if tested else [claims]),
         _left_out(material),
+        _next(material),
         _provenance(material, tables),
     ]
     return Report(parts, tables, made)
@@ -91,7 +94,11 @@ def sections(material: Material, drawn: Sequence[Picture]) -> Report:
 
 def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     runs = material.runs
-    columns = {"run": runs.index, "status": runs["status"]}
+    # What matters comes first: a phone shows two columns or three.
+    columns: dict[str, object] = {"run": runs.index}
+    if METRIC in material.metrics:
+        columns[METRIC] = runs[METRIC]
+    columns["status"] = runs["status"]
     seed = ["seed"] if runs["seed"].nunique() > 1 else []
     columns |= {key: runs[key] for key in [*material.keys, *seed]}
     columns |= {name: runs[name] for name in material.metrics}
@@ -103,7 +110,9 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     }
     frame = pd.DataFrame(columns)
     tables["runs"] = frame
-    text = "Metrics of the best epoch; in bold the best of a column. A click on a head sorts."
+    text = (
+        f"Metrics of the best epoch; in bold the best of a column. A click on a head sorts. {_constants(material)}"
+    ).rstrip()
     if material.differ_in_meaning:
         keys = " and ".join(material.differ_in_meaning)
         text += (
@@ -120,6 +129,13 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
             "runs", "The run", [table(alone, sortable=False)], "Metrics of the best epoch."
         )
     return Section("runs", "Runs", [table(told, best=_best(material))], text)
+
+
+def _constants(material: Material) -> str:
+    """What stands between a loss and a likelihood of the same images."""
+    found = material.runs.get("model.likelihood", pd.Series(dtype=object)).dropna().unique()
+    used = [CONSTANTS[name] for name in found if name in CONSTANTS]
+    return " ".join([LOSS, *used]) if used else ""
 
 
 def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
@@ -146,6 +162,7 @@ def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
 
 def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     parts = []
+    shown_frames: list[pd.DataFrame] = []
     for key in material.keys:
         if material.runs[key].nunique(dropna=False) > _MOST_CHANGED_VALUES:
             continue
@@ -155,13 +172,20 @@ def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
             frame = pd.concat(frames, ignore_index=True)
             tables[f"ablation_{key}"] = frame
             pooled = frame["setting"].str.startswith("mean over") | (frame["setting"] == "")
-            told = _with_errors(frame[(frame["metric"] == METRIC) | pooled])
+            shown_frames.append(frame[(frame["metric"] == METRIC) | pooled])
+            told = _with_errors(shown_frames[-1])
             parts.append(table(_with_interval(told, "difference")[_ABLATION], key, sortable=False))
     text = (
         "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
         " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided. Of metrics"
         f" other than {METRIC} only the mean over settings is shown; the folder tables beside this page has all."
     )
+    intervals = sum(int(frame["low"].notna().sum()) for frame in shown_frames)
+    if intervals > 1:
+        text += (
+            f" Of {intervals} such intervals about {intervals / 20:.2g} would exclude zero by chance alone if"
+            " no key did anything."
+        )
     return Section("ablations", "What each key does", parts, text if parts else "")
 
 
@@ -216,10 +240,58 @@ def _search(material: Material, made: "dict[str, Figure]") -> Section:
 def _claims(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
     frame = judge(material.runs)
     tables["claims"] = frame
-    text = "Each claim of the paper, put to the test by the runs of this report alone."
-    long = ("claim", "setting", "why")
-    told = _with_interval(_missing(frame), "effect")
-    return Section("claims", "The paper's claims", [table(told, long=long, sortable=False)], text)
+    text = (
+        "Each claim of the paper, put to the test by the runs of this report alone. A system counts as better"
+        f" if it is so by more than a margin of {MARGIN:g} nats per image, by two one-sided tests at 95 %."
+    )
+    tested = frame["verdict"] != NOT_TESTED
+    parts = []
+    if tested.any():
+        told = _with_interval(_missing(frame[tested]), "effect")
+        long = ("claim", "setting", "why")
+        parts.append(table(told, long=long, sortable=False))
+    if not tested.all():
+        text += (
+            f" {(~tested).sum()} of {len(frame)} claims need other runs: see the commands below."
+        )
+    return Section("claims", "The paper's claims", parts, text)
+
+
+def _next(material: Material) -> Section:
+    """Commands that go on from here."""
+    runs = material.runs
+    rows = []
+    unfinished = runs.index[runs["status"].isin(["stopped", "failed", "unfinished"])]
+    for name in unfinished[:3]:
+        rows.append(
+            ("go on with a run that did not finish", _workflow("runs.py resume", str(name)))
+        )
+    whole = material.whole
+    if len(whole):
+        best = str(whole[METRIC].astype(float).idxmin())
+        if not any(name.startswith("eval/") for name in material.metrics):
+            rows.append(("measure likelihoods, PSNR and more", _workflow("evaluate.py", best)))
+        rows.append(("draw with the best run", _workflow("generate.py", best)))
+        rows.append(("give its model away", _workflow("export.py", best, f"exports/{best}")))
+        if whole["seed"].nunique() < 3 and isinstance(whole.loc[best, "path"], str):
+            file = f"runs/{best}/experiment.yaml"
+            used = {int(seed) for seed in whole["seed"].dropna()}
+            seed = next(n for n in range(len(used) + 1) if n not in used)
+            command = _workflow("launch.py", file, f"seed={seed}")
+            rows.append(("another seed, for an interval", command))
+    judged = judge(runs)
+    untested = set(judged["claim"][judged["verdict"] == NOT_TESTED])
+    commands = dict.fromkeys(claim.needs for claim in CLAIMS if claim.claim in untested)
+    for command in (text for text in commands if text.startswith("python")):
+        first, _, after = command.partition(", then ")
+        rows.append(("test more claims" + (f"; then {after}" if after else ""), first))
+    frame = pd.DataFrame(rows, columns=["what", "command"])
+    parts = [table(frame, code=("command",), long=("what", "command"), sortable=False)]
+    return Section("next", "What next", parts if rows else [])
+
+
+def _workflow(script: str, *words: str) -> str:
+    return " ".join([f"python workflows/{script}", *map(shlex.quote, words)])
 
 
 def _left_out(material: Material) -> Section:

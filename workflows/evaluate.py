@@ -21,7 +21,7 @@ from cvae.command_line import Parser, positive
 from cvae.data.building import progress_bar
 from cvae.data.store import file_sha256, open_store
 from cvae.errors import UserError
-from cvae.evaluation.groups import UNITS, WHAT_THEY_ARE, Request, fitting, prefix
+from cvae.evaluation.groups import CONSTANTS, LOSS, UNITS, WHAT_THEY_ARE, Request, fitting, prefix
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
 from slurm import cluster, queue
@@ -77,6 +77,9 @@ def main(arguments: list[str]) -> int:
     for run in runs:
         _tell_mlflow(run)
     print(_results(runs, requests))
+    if any({"elbo", "iwae"} & set(asked.groups) for asked in requests):
+        likelihoods = dict.fromkeys(run.experiment().model.likelihood for run in runs)
+        print("note: " + " ".join([LOSS, *(CONSTANTS[name] for name in likelihoods)]))
     return 0
 
 

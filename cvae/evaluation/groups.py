@@ -21,10 +21,26 @@ UNITS = {
     "loss": "nats per image",
     "recon_loss": "nats per image",
     "kl": "nats per image",
+    "neg_elbo": "nats per image",
     "iwae": "nats per image",
     "text_gain": "nats per image",
     "psnr": "dB",
 }
+
+LOSS = (
+    "loss = recon_loss + beta·kl and neg_elbo = recon_loss + kl leave constants of the likelihood out; iwae and"
+    " bits_per_dim hold them."
+)
+_OF_A_GAUSSIAN = (
+    "A Gaussian's constant is ½ log π + log 255 = 6.11 nats a dimension, which makes iwae so much larger than"
+    " loss: compare them in bits per dimension"
+)
+CONSTANTS = {
+    "gaussian": _OF_A_GAUSSIAN + " (σ² = ½).",
+    "optimal_gaussian": _OF_A_GAUSSIAN + ".",
+    "bernoulli": "Bernoulli's loss is of grey pixels, iwae of pixels drawn as 0 or 1, without a constant.",
+}
+"""What recon_loss leaves out under each likelihood."""
 
 
 @dataclass(frozen=True)

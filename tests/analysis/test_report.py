@@ -6,7 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import analysis
 from analysis import report
+from analysis.material import Material
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training.journal import Journal
@@ -163,3 +165,43 @@ def test_the_command_as_people_call_it(runs: list[RunDirectory], tmp_path: Path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: vea: no such run")
     assert "Traceback" not in done.stderr
+
+
+def test_a_report_can_be_read_and_acted_upon(runs: list[RunDirectory], tmp_path: Path) -> None:
+    journal = Journal(runs[0].journal_file)
+    metrics = {"eval/iwae_5": 1600.0, "eval/iwae_5_bits_per_dim": 9.0}
+    journal.append("evaluation", step=30, metrics=metrics)
+    journal.close()
+    page = make(tmp_path / "report", "--experiment", "tiny")
+    best = page[page.index(">cvae</td>") :].split("</tr>")[0]
+    assert "<b>98</b>" in best  # the lowest recon_loss
+    assert best.index("100.1") < best.index("finished")
+    assert "DIR" not in re.sub('<style.*?</style>|base64,[^"]*', "", page, flags=re.S)
+    assert "not tested" not in page
+    assert "½ log π + log 255" in page
+    commands = re.findall(r"<code>(.*?)</code>", page[page.index('id="next"') :])
+    assert "python workflows/generate.py cvae" in commands
+    assert "python workflows/runs.py resume broken" in commands
+    assert all(command.startswith("python ") for command in commands)
+
+
+def test_pictures_name_the_keys_in_the_tables_order(runs: list[RunDirectory]) -> None:
+    found = analysis.runs("tiny")
+    material = Material(found, analysis.curves(found))
+    assert material.labels["cvae"] == "condition=text"
+    here = [Path(path).name for path in material.showcase(6)]
+    assert here == [name for name in found.index if name in here]
+
+
+def test_the_number_of_intervals_is_told(
+    runs: list[RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in runs[:2]:
+        for seed in (1, 2):
+            again = make_run(f"{run.name}{seed}", captioned=True)
+            text = run.experiment_file.read_text()
+            again.experiment_file.write_text(re.sub(r"(?m)^seed: .*", f"seed: {seed}", text))
+            tell(again, 100.0 + seed + 9 * (run.name == "vae"))
+    monkeypatch.setattr(report, "_pictures", lambda material: ([], {}))
+    page = make(tmp_path / "report", "--experiment", "tiny")
+    assert re.search(r"Of \d+ such intervals about [\d.]+ would exclude zero by chance", page)

@@ -25,6 +25,7 @@ def test_evaluate_measures_tells_and_shows(
     assert "eval/loss" in table
     assert "eval/iwae_3_bits_per_dim" in table
     assert "nats per image" in table
+    assert "leave constants of the likelihood out" in table
     told = lines(run, "evaluation")
     assert [line["key"] for line in told] == ["val/elbo", "val/iwae-3"]
     from mlflow.tracking import MlflowClient
