@@ -34,7 +34,7 @@ _POLL_S = 1.0
 # After SIGTERM: the trials save, then Ray ends.
 _STOP_PATIENCE_S = 90.0
 # For the last words of what runs beside the driver; SLURM, which sends the signal, waits for less.
-_HELPER_S, _STOPPED_HELPER_S = 90.0, 8.0
+_HELPER_S, _STOPPED_HELPER_S = 60.0, 8.0
 _log = logging.getLogger(__name__)
 
 
