@@ -118,8 +118,10 @@ class DdpEngine:
         recon_loss, kl, penalty = (part.sum() for part in elbo)
         loss = recon_loss + beta * penalty
         sums = torch.stack([recon_loss, kl, loss]).detach() / self.batch_size
-        # DDP divides the gradients' sum by the number of ranks; what is wanted is the sum.
-        return loss * (self.ranks.world_size / self.batch_size), sums
+        # DDP divides the gradients' sum by the number of ranks; what is wanted is the sum. In fp16 _update takes
+        # that back: here, the factor would make gradients overflow the earlier the more ranks there are.
+        ranks = 1 if self.scaler.is_enabled() else self.ranks.world_size
+        return loss * (ranks / self.batch_size), sums
 
     def _reduce_gradients(self, now: bool) -> AbstractContextManager[Any]:
         if now or not isinstance(self.parallel, DistributedDataParallel):
@@ -127,8 +129,11 @@ class DdpEngine:
         return self.parallel.no_sync()
 
     def _update(self, lr: float) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.scaler.is_enabled():
+            torch._foreach_mul_(gradients, self.ranks.world_size)
+            precision.overflow(gradients)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)

@@ -87,16 +87,20 @@ class DeepSpeedEngine:
         self._whole = None
         for group in self.adam.param_groups:
             group["lr"] = lr
+        scale = 1.0
         if self.zero is not None and self.scaler.is_enabled():
-            self.zero.override_loss_scale(self.scaler.get_scale())
+            scale = self.scaler.get_scale()
+            self.zero.override_loss_scale(scale)
+        # DeepSpeed divides the gradients' sum by the number of ranks; what is wanted is the sum. In fp16 the
+        # update takes that back: here, the factor would make gradients overflow the earlier the more ranks.
+        ranks = 1 if self.scaler.is_enabled() else self.ranks.world_size
         totals = torch.zeros(3, device=self.ranks.device)
         for number in range(self.passes):
             # A rank with fewer micro-batches than others takes part once more with a weight of nothing.
             counts = number < len(batch)
             elbo: Elbo = self.engine(*batch[number if counts else 0])
-            # DeepSpeed divides the gradients' sum by the number of ranks; what is wanted is the sum.
             loss = (elbo.recon_loss + beta * elbo.kl_penalty).sum()
-            loss = loss * (self.ranks.world_size / self.batch_size if counts else 0.0)
+            loss = loss * (ranks / self.batch_size if counts else 0.0)
             self.engine.set_gradient_accumulation_boundary(number == self.passes - 1)
             scaled = self.scaler.scale(loss) if self.zero is None else loss
             self.engine.backward(scaled, scale_wrt_gas=False)
@@ -106,6 +110,11 @@ class DeepSpeedEngine:
                     totals += torch.stack([recon_loss, kl, recon_loss + beta * penalty])
         if self.model.likelihood.is_adaptive:
             self.model.observe(self.ranks.sum(totals[0].clone()) / self.batch_size)
+        if self.zero is not None and self.scaler.is_enabled():
+            self.zero.override_loss_scale(scale / self.ranks.world_size)
+            # This rank's parts of the whole gradient; its norm, which decides, is that of all ranks' parts.
+            own = [part for group in self.zero.averaged_gradients.values() for part in group or ()]
+            precision.overflow(own, self.ranks.world_size)
         self.engine.step()
         if self.zero is not None:
             self.norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
@@ -189,7 +198,8 @@ class DeepSpeedEngine:
             return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.scaler.is_enabled():
-            torch._foreach_div_(gradients, self.scaler.get_scale())
+            precision.overflow(gradients, self.ranks.world_size)
+            torch._foreach_div_(gradients, self.scaler.get_scale() / self.ranks.world_size)
         self.norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self.norm)

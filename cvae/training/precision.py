@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cvae.config import Training
 from cvae.errors import UserError
@@ -54,6 +55,18 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     if precision not in _HALF:
         return nullcontext()
     return torch.autocast(device.type, dtype=_HALF[precision])
+
+
+def overflow(gradients: list[Tensor], parts: int = 1) -> None:
+    """Makes inf what is beyond fp16 in fp32 gradients, so that the loss scaler skips this update.
+
+    gradients: summed over the ranks, still scaled, and divided by `parts`. On one rank fp16 itself overflows
+    there; of many ranks each has a smaller sum, and would make an update that one rank skips.
+    """
+    # fp32 ends at 2^128, fp16 at 2^16. Numbers that are smaller come back as they were.
+    factor = 2.0**112 * parts
+    torch._foreach_mul_(gradients, factor)
+    torch._foreach_mul_(gradients, 1 / factor)
 
 
 def before_cuda(training: Training) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,9 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             experiment = plain(engine, **options)
             jobs.append(job(engine, 0, 12, experiment, save=engine))
             jobs.append(job(f"{engine} half", 0, 6, experiment, save=f"{engine} half"))
-            jobs.append(
-                job(f"{engine} fp16", 0, 6, plain(engine, precision="fp16", micro_batch_size=3))
-            )
+            jobs.append(job(f"{engine} fp16", 0, 12, _overflowing(engine)))
         for before, after in [*zip(_STAGES, _STAGES, strict=True), *_MOVES]:
             name = f"{before} > {after}"
             jobs.append(job(name, 6, 12, plain(after, **options), load=f"{before} half", save=name))
@@ -49,10 +48,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             job(f"{engine} alone", 6, 12, plain(engine, **options), load=f"{engine} half")
             for engine in _STAGES
         ]
+        alone += [
+            job(f"{engine} fp16 alone", 0, 12, _overflowing(engine)) for engine in ("DDP", *_STAGES)
+        ]
         said = found["said"]
         found |= engine_proofs.run_jobs(folder, 1, alone)
         found["said"] = said + found["said"]
     return folder, found
+
+
+def _overflowing(engine: str) -> dict[str, Any]:
+    experiment = plain(engine, precision="fp16", micro_batch_size=3)
+    experiment["model"]["beta"] = 100.0
+    experiment["optimizer"]["lr"] = 3e-3
+    return experiment
 
 
 _MOVES = [("DDP", "ZeRO 2"), ("ZeRO 2", "DDP"), ("ZeRO 3", "ZeRO 1"), ("ZeRO 1", "ZeRO 3")]
@@ -68,7 +77,7 @@ def test_every_stage_follows_ddp(trained: tuple[Path, dict[str, Any]], stage: st
 
 
 @pytest.mark.parametrize("stage", _STAGES)
-def test_an_overflow_costs_one_update_and_half_the_scale(
+def test_each_overflow_costs_one_update_and_half_the_scale(
     trained: tuple[Path, dict[str, Any]], stage: str
 ) -> None:
     ddp, zero = trained[1]["DDP fp16"], trained[1][f"{stage} fp16"]
@@ -76,7 +85,18 @@ def test_an_overflow_costs_one_update_and_half_the_scale(
     assert zero["norms"] == pytest.approx(ddp["norms"], rel=1e-3)
     assert zero["losses"] == pytest.approx(ddp["losses"], rel=1e-3)
     assert zero["state"] == ddp["state"]
-    assert zero["state"]["loss_scale"]["scale"] == 2**15
+    assert zero["state"]["loss_scale"]["scale"] == 2**11
+
+
+@pytest.mark.parametrize("engine", ["DDP", *_STAGES])
+def test_fp16_skips_the_same_updates_on_any_number_of_ranks(
+    trained: tuple[Path, dict[str, Any]], engine: str
+) -> None:
+    three, one = trained[1][f"{engine} fp16"], trained[1][f"{engine} fp16 alone"]
+    assert np.isfinite(three["norms"]).tolist() == [False] * 5 + [True] * 7
+    assert np.isfinite(one["norms"]).tolist() == [False] * 5 + [True] * 7
+    assert one["losses"] == pytest.approx(three["losses"], rel=1e-3)
+    assert one["state"] == three["state"]
 
 
 @pytest.mark.parametrize("stage", _STAGES)
