@@ -57,9 +57,10 @@ def facts(run: RunDirectory) -> dict[str, Any]:
     if unreadable is not None:
         row |= {"status": "unfinished", "reason": unreadable}
     epochs = [line for line in lines if line["kind"] == "epoch" and line["epoch"] > 0]
-    if epochs and "training.global_batch_size" in row:
+    batch_size = row.get("training.global_batch_size")
+    if epochs and isinstance(batch_size, int):
         # By definition of the epoch that is written with a step.
-        seen = epochs[-1]["step"] * row["training.global_batch_size"]
+        seen = epochs[-1]["step"] * batch_size
         row["train_images"] = round(seen / epochs[-1]["epoch"])
     return row
 
