@@ -15,6 +15,9 @@ from cvae.data.verified import Verified
 from cvae.errors import UserError
 from cvae.models.backbone import ImageShape
 
+# Numbers that are in memory at once as fp64.
+_CHUNK = 1 << 20
+
 
 @dataclass(frozen=True)
 class ExperimentData:
@@ -43,13 +46,31 @@ class ExperimentData:
         """
         if self.train.text is None:
             raise ValueError("these data have no text embeddings")
-        text = self.train.text
-        if len(self.train_rows) < len(self.train) and self.train.caption_offsets is not None:
+        rows = np.arange(len(self.train.text))
+        if self.train.caption_offsets is not None and len(self.train_rows) < len(self.train):
             offsets = self.train.caption_offsets
             spans = zip(offsets[self.train_rows], offsets[self.train_rows + 1], strict=True)
-            text = text[np.concatenate([np.arange(first, end) for first, end in spans])]
-        std = text.std(0)
-        return text.mean(0), np.where(std > 0, std, np.float32(1))
+            rows = np.concatenate([np.arange(first, end) for first, end in spans])
+        return _mean_and_std(self.train.text, rows)
+
+
+def _mean_and_std(
+    vectors: NDArray[np.float32], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """In fp64 and a few MB at a time: fp32 sums over many rows drift by more than a small deviation."""
+    dim = vectors.shape[1]
+    mean, squares, seen = np.zeros(dim), np.zeros(dim), 0
+    size = max(1, _CHUNK // dim)
+    for start in range(0, len(rows), size):
+        chunk = vectors[rows[start : start + size]].astype(np.float64)
+        count, own = len(chunk), chunk.mean(0)
+        # Two sets' sums of squared deviations, put together (Chan, Golub and LeVeque 1983).
+        apart = own - mean
+        squares += ((chunk - own) ** 2).sum(0) + apart**2 * (seen * count / (seen + count))
+        mean += apart * (count / (seen + count))
+        seen += count
+    std = np.sqrt(squares / seen).astype(np.float32)
+    return mean.astype(np.float32), np.where(std > 0, std, np.float32(1))
 
 
 def open_data(experiment: Experiment) -> ExperimentData:

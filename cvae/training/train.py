@@ -95,7 +95,10 @@ def _train(
     need = preflight.need_of(experiment, model, ranks.world_size, run.checkpoints, record.begun)
     record.preflight(preflight.check(run.checkpoints, ranks, need, data.digest))
     if experiment.model.standardize_condition:
-        model.set_condition_statistics(*map(torch.from_numpy, data.text_statistics()))
+        # One rank reads all of the embeddings; the others would, too, from the same file system.
+        statistics = ranks.tell(data.text_statistics() if ranks.is_first else None)
+        assert statistics is not None
+        model.set_condition_statistics(*map(torch.from_numpy, statistics))
     saved = _newest(run, ranks, record)
     if saved is None and experiment.model.init_from is not None:
         load_published(model, experiment.model, experiment.model.init_from)
