@@ -8,7 +8,7 @@ import numpy as np
 from cvae.data.experiment_data import ExperimentData
 
 
-def statistics(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def statistics(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     train = SimpleNamespace(text=text, caption_offsets=None)
     return ExperimentData.text_statistics(SimpleNamespace(train=train))  # type: ignore[arg-type]
 
