@@ -90,7 +90,9 @@ def _campaign(cluster: Cluster, home: Path, n: int, dice: random.Random, names: 
         print(f"| {number} | {_inject(field, bag.pop())} |", flush=True)
         field.wait_for_checkpoint()
         time.sleep(dice.uniform(0, 2))
-    _wait(lambda: run_state(run).status not in ("queued", "starting", "running", "stopping"))
+    # What is left may be most of the run, on a machine that others use, too.
+    going = ("queued", "starting", "running", "stopping")
+    _wait(lambda: run_state(run).status not in going, patience_s=3600)
     _wait(lambda: not run_state(run).job.alive)
     quiet.wait()
     return _verdict(run, RunDirectory(home / "runs" / "quiet"), server.database)
@@ -166,8 +168,8 @@ def _steps(run: RunDirectory) -> Counter[int]:
     return Counter(line["step"] for line in lines(run, "step"))
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def _wait(condition: Callable[[], bool], patience_s: float = _PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the run has not gone on by itself")
