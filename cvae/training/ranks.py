@@ -3,7 +3,7 @@
 import datetime
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,12 +43,24 @@ class Ranks:
         return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank; the same answer on all."""
+        """Returns whether the flag is set on at least one rank: the same answer on all."""
+        return self.ask_any(flag)()
+
+    def ask_any(self, flag: bool) -> Callable[[], bool]:
+        """Asks all ranks, without waiting for them, whether the flag is set on at least one.
+
+        Returns a function that waits for the answer. All ranks ask, and take the answer, in the same order.
+        """
         if self.control is None:
-            return flag
+            return lambda: flag
         votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
-        return bool(votes.item())
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(votes.item())
+
+        return answer
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum over all ranks."""

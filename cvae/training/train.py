@@ -146,6 +146,8 @@ def _train(
             micro_batches(data, data.train, order.batch(step), share, micro, ranks.device)
         )
     meter.restart()
+    # The ranks vote on stopping while they compute a step: asked before it, answered after it.
+    answer = ranks.ask_any(stop.signal is not None) if step < total else None
     feed = training_feed(data, order, range(step, total), share, micro, ranks.device)
     for batch in meter.waiting(feed):
         lr = learning_rate(experiment.optimizer, step, total)
@@ -158,7 +160,7 @@ def _train(
         evaluates = _crosses_epoch(step, total, experiment, len(data.train_rows))
         interval = experiment.checkpoint.every_steps
         saves = evaluates or (interval is not None and step % interval == 0)
-        stops = ranks.any(stop.signal is not None)
+        stops = answer is not None and answer()
 
         if saves or stops or meter.is_due(step):
             metrics = meter.read(step, sums)
@@ -191,6 +193,7 @@ def _train(
             record.saver.finish()
             signals = {name for name in ranks.gather(stop.signal or "") if name}
             return Outcome("stopped", step, f"{', '.join(sorted(signals))} at step {step}, saved")
+        answer = ranks.ask_any(stop.signal is not None) if step < total else None
     record.final_model()
     return Outcome("finished", total, "")
 

@@ -1,6 +1,7 @@
 """A run is a function of (experiment, seed): not of ranks, accumulation, kills or signals."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, precision
 from cvae.training import train as training
+from cvae.training.ranks import Ranks
 from cvae.training.train import Outcome, train
 from tests import ranks
 from tests.conftest import tiny_experiment, write_store
@@ -320,3 +322,31 @@ def test_a_run_that_can_never_save_ends_with_one_line(
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(UserError, match=r"no checkpoint could be written .*File too large"):
         alone("limited", tiny_experiment())
+
+
+def test_no_step_waits_for_a_vote_of_its_own(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether to stop is asked before a step and answered after it; at the end no question is open."""
+    order: list[str] = []
+    note = training.Meter.note
+
+    def ask(self: Ranks, flag: bool) -> Callable[[], bool]:
+        order.append("asked")
+
+        def answer() -> bool:
+            order.append("answered")
+            return flag
+
+        return answer
+
+    def noted(self: training.Meter, step: int, sums: torch.Tensor) -> None:
+        order.append("step")
+        note(self, step, sums)
+
+    monkeypatch.setattr(Ranks, "ask_any", ask)
+    monkeypatch.setattr(training.Meter, "note", noted)
+    alone("votes", tiny_experiment(epochs=1))
+    first = order.index("step") - 1
+    assert order[first : first + 15] == ["asked", "step", "answered"] * 5
+    assert order.count("asked") == order.count("answered")
