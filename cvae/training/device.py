@@ -8,7 +8,6 @@ which opens none; it is used if the package nvidia-ml-py (`pynvml`) is installed
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 
@@ -44,6 +43,8 @@ def describe(device: torch.device) -> Device:
 def memory(device: torch.device) -> Memory:
     """Raises RuntimeError if the driver refuses to answer."""
     if device.type != "cuda":
+        import psutil  # what draws from an exported folder has no need of it
+
         host = psutil.virtual_memory()
         return Memory(host.available, host.total)
     return Memory(*torch.cuda.mem_get_info(device))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cvae import sampling
 from cvae.config import Experiment
 from cvae.data.store import file_sha256
 from cvae.errors import UserError
@@ -180,12 +181,20 @@ def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: 
 
 @pytest.mark.parametrize("captioned", [False, True])
 def test_numbers_that_are_none_are_told_as_such(
-    captioned: bool, tiny_store: Path, tiny_captioned_store: Path, tmp_path: Path
+    captioned: bool,
+    tiny_store: Path,
+    tiny_captioned_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = make_run(captioned=captioned)
     trained = load_run(run, torch.device("cpu"))
     weights = {name: tensor * np.nan for name, tensor in trained.model.state_dict().items()}
     save_weights(run, weights, step=9)
+    with pytest.raises(UserError, match="values that are not finite"):
+        load_run(run, torch.device("cpu"))
+    # Weights that are finite may give such numbers too.
+    monkeypatch.setattr(sampling, "_misfit", lambda *_: None)
     evaluate_runs([asdict(request(run))], tmp_path / "progress")
     # A picture of NaN is black: it must not be judged as one.
     known = {name for name, value in measured(run).items() if not math.isnan(value)}

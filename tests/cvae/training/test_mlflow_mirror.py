@@ -31,6 +31,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from cvae.training.mlflow_push import Pusher  # noqa: E402
 from cvae.training.mlflow_tags import NOTE  # noqa: E402
 from tests.mlflow_runs import COMMAND, START, Run, each_once, images, points  # noqa: E402
+from tests.ranks import wait_until  # noqa: E402
 from workflows.follow import open_mlflow  # noqa: E402
 
 
@@ -313,8 +314,9 @@ def test_no_word_of_a_mirror_holds_a_password(
         tracking.facts(None, [])
     told = f"{error.value} {refused.value} {open_mlflow()}"
     if uri.startswith("http"):
-        start_mirror(run.path).finish(8)
-        assert "mirroring to http://ann:***@" in (run.path / "logs" / "mlflow.log").read_text()
+        mirror, log = start_mirror(run.path), run.path / "logs" / "mlflow.log"
+        wait_until(lambda: "mirroring to http://ann:***@" in log.read_text())
+        mirror.finish(2)
     told += "".join(file.read_text() for file in run.path.rglob("*.[jly]*") if file.is_file())
     assert "hush" not in told
     assert "***@" in told

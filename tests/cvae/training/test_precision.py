@@ -110,9 +110,9 @@ def test_deterministic_is_set_before_cuda_and_taken_back(monkeypatch: pytest.Mon
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_engine_sets_the_switches() -> None:
+def test_the_engine_sets_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = Experiment.model_validate(tiny_experiment(precision="fp32"))
-    assert torch.backends.cudnn.allow_tf32  # PyTorch's own default
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's own default
     build_engine(
         build_model(experiment.model, (1, 16, 16), 3, 0), experiment, Ranks(0, 1, CPU, None)
     )
