@@ -46,7 +46,7 @@ def test_a_run_uses_the_code_of_its_submission_and_a_resumed_one_todays(
     tiny_store: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout, gate = home / "checkout", home / "gate"
-    for part in ("cvae", "slurm", "workflows", "configs"):
+    for part in ("analysis", "cvae", "slurm", "workflows", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PROJECT_ROOT / part, checkout / part, ignore=ignored)
     for name in ("cvae/training/train.py", "cvae/training/mlflow_mirror.py", "slurm/local.py"):

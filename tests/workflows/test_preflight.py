@@ -26,7 +26,7 @@ def test_what_does_not_fit_is_an_error(
     file = home / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_experiment()))
     words = [str(file), "--preflight", "--cluster", "local"]
-    assert launch.main([*words, "model.mlp.hidden_dim=100000000"]) == 1
+    assert launch.main([*words, "model.mlp.hidden_dim=1000000", "model.latent_dim=17160"]) == 1
     out = capsys.readouterr().out
     assert "error: " in out
     assert "Adam's state alone take 8" in out  # 16 bytes for each of 5.2e10 weights, in GB
