@@ -77,7 +77,7 @@ class Bench:
         batch_size = experiment.training.global_batch_size
         steps = max(_POINTS, round(self.seconds * images_per_second / batch_size))
         every = -(-steps // (_POINTS - _FIRST_POINTS))
-        endless: dict[str, Any] = {"max_steps": None, "epochs": 1e9, "eval_every": 10**9}
+        endless: dict[str, Any] = {"max_steps": None, "epochs": 1e6, "eval_every": 10**9}
         if not mirrored:
             endless["log_every"] = every
         training = experiment.training.model_copy(update=endless)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvae.data.store import Split
+from cvae.data.store import Manifest, Split
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match, distinct_scenes, match_grid, nearest
 from cvae.models.cvae import Cvae
@@ -83,7 +83,8 @@ def test_scenes_that_look_or_read_alike_are_left_out(tiny_captioned_store: Path)
     images = np.load(folder / "images.npy")
     images[5] = images[0]
     np.save(folder / "images.npy", images)
-    scenes = distinct_scenes(Split(folder, 0, None), 6)
+    manifest = Manifest.model_validate_json((tiny_captioned_store / "manifest.json").read_text())
+    scenes = distinct_scenes(Split(folder, manifest, None), 6)
     assert scenes.indices.tolist() == [0, 1, 2, 4, 6, 7]
     assert scenes.captions[1] == captions[offsets[1]]
     assert np.array_equal(scenes.images[4], images[6])
