@@ -93,7 +93,7 @@ def submit(
 
     Raises UserError if the run is queued, running or finished, or if that is not known.
     """
-    with locked(run):
+    with locked(run.path):
         state = run_state(run)
         if state.job.alive:
             last = submissions(run)[-1]
@@ -148,7 +148,7 @@ def code_fact(run: RunDirectory) -> str:
 
 
 def note_cancelled(run: RunDirectory, when: float) -> None:
-    with locked(run):
+    with locked(run.path):
         *earlier, last = submissions(run)
         tries.mark_cancelled(run.logs, last.job_id)
         _write(run, [*earlier, last.model_copy(update={"cancelled": when})])
@@ -160,14 +160,14 @@ def _write(run: RunDirectory, entries: list[Submission]) -> None:
 
 
 @contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
-    """Raises UserError where another launch, resume or cancel of the run is at work."""
+def locked(folder: Path) -> Iterator[None]:
+    """Raises UserError if another launch, resume or cancel of the run or sweep in this folder is at work."""
     with ExitStack() as held:
         try:
-            held.enter_context(file_lock(run.path / "launch.lock"))
+            held.enter_context(file_lock(folder / "launch.lock"))
         except Locked:
             raise UserError(
-                f"{run.name} is being launched, resumed or cancelled by another process right now"
+                f"{folder.name} is being launched, resumed or cancelled by another process right now"
             ) from None
         yield
 

@@ -12,8 +12,6 @@ stopped, 130 detached by Ctrl-C (the sweep goes on).
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
-from cvae.file_lock import Locked, file_lock
 from cvae.run_directory import check_new_name, free_name
 from slurm import cluster, queue, tries
 from workflows.sweeps.config import load_sweep
@@ -88,6 +85,7 @@ def main(arguments: list[str]) -> int:
     seats, where = _seats(options, loaded.experiment)
     name = options.name or free_name(loaded.sweep.name, paths.sweeps_dir())
 
+    from workflows.submission import locked
     from workflows.sweeps import launching, view
 
     facts = launching.facts_of(loaded, seats, name)
@@ -100,7 +98,7 @@ def main(arguments: list[str]) -> int:
         return 0
     sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
     try:
-        with _locked(sweep):
+        with locked(sweep.path):
             launching.submit(sweep, seats, options.address)
     except BaseException:
         if not sweep.submissions():
@@ -114,24 +112,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _resumed(sweep: SweepDirectory, options: Any) -> int:
+    from workflows.submission import locked
     from workflows.sweeps import view
 
-    with _locked(sweep):
+    with locked(sweep.path):
         watch = _resume(sweep, options)
     return view.follow(sweep) if watch else 0
-
-
-@contextmanager
-def _locked(sweep: SweepDirectory) -> Iterator[None]:
-    """Raises UserError if another process is submitting or cancelling the sweep."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(file_lock(sweep.path / "launch.lock"))
-        except Locked:
-            raise UserError(
-                f"{sweep.name} is being launched, resumed or cancelled by another process right now"
-            ) from None
-        yield
 
 
 def _resume(sweep: SweepDirectory, options: Any) -> bool:
@@ -170,7 +156,9 @@ def _resume(sweep: SweepDirectory, options: Any) -> bool:
 def _cancel(sweep: SweepDirectory) -> int:
     if not sweep.submissions():
         raise UserError(f"{sweep.name} was never submitted")
-    with _locked(sweep):
+    from workflows.submission import locked
+
+    with locked(sweep.path):
         last = sweep.submissions()[-1]
         if queue.look(last).phase == "ended":
             raise UserError(f"{sweep.name} does not run: there is nothing to cancel")

@@ -161,7 +161,7 @@ def test_bad_input_that_only_the_job_can_find_is_said_once_and_not_tried_again(
 
 def test_one_launch_at_a_time(home: Path, tiny: str) -> None:
     run = RunDirectory.create("one", Experiment.model_validate(tiny_experiment()))
-    with locked(run), pytest.raises(UserError, match="by another process right now"):
+    with locked(run.path), pytest.raises(UserError, match="by another process right now"):
         runs.main(["resume", "one", "--gpus", "1", "--cluster", "local", "--detach"])
 
 
