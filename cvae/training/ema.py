@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay · average + (1 − decay) · model; buffers are copied."""
     weights: list[Tensor] = list(model.parameters())

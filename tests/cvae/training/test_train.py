@@ -14,6 +14,7 @@ from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import checkpoint, precision
 from cvae.training import train as training
+from cvae.training.ema import update_average
 from cvae.training.ranks import Ranks
 from cvae.training.train import Outcome, train
 from tests import ranks
@@ -277,6 +278,13 @@ def test_ema_is_the_average_of_the_weights(tiny_store: Path) -> None:
     new, ema = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
     for name, value in ema.items():
         torch.testing.assert_close(value, 0.75 * initial[name] + 0.25 * new[name])
+
+
+def test_ema_remembers_no_step() -> None:
+    """With autograd's record of every update it would take more memory from step to step."""
+    average = torch.nn.Linear(2, 2).requires_grad_(False)
+    update_average(average, torch.nn.Linear(2, 2), 0.75)
+    assert all(weight.grad_fn is None for weight in average.parameters())
 
 
 def _best(run: RunDirectory) -> int:
