@@ -1,7 +1,7 @@
 """What a command may put where: an output takes the place of nothing but what the same command has made.
 
-A folder that a command writes appears whole under its name. It holds a marker that names the command and the
-files; a folder with that marker, and with no other file, is the only kind that is replaced.
+A folder that a command writes appears whole under its name, or grows there. It holds a marker that names the
+command and the files; a folder with that marker, and with no other file, is the only kind that is replaced.
 """
 
 import ctypes
@@ -107,8 +107,7 @@ def whole_folder(
             try:
                 (nascent / MARKER).write_text(json.dumps({"made_by": made_by, "files": None}))
                 yield nascent
-                marker = {"made_by": made_by, "files": sorted(_files(nascent))}
-                (nascent / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+                _mark(nascent, made_by)
                 for file in nascent.rglob("*"):
                     paths.fsync(file)
                 check_folder(folder, made_by, older)
@@ -118,6 +117,29 @@ def whole_folder(
                 for leftover in (nascent, old):
                     if _is_own(leftover, made_by, older):
                         shutil.rmtree(leftover, ignore_errors=True)
+    except Locked:
+        raise UserError(f"{folder} is being written by another process just now") from None
+
+
+@contextmanager
+def growing_folder(
+    folder: Path, made_by: str, older: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[Path]:
+    """The same folder under its own name at once, for results that have to be there while work goes on.
+
+    Everything that is there when the context ends, well or badly, counts as made by the command. What an
+    earlier one left stays until it is written over or removed. Raises as whole_folder.
+    """
+    path = check_folder(folder, made_by, older)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with file_lock(path):
+            check_folder(folder, made_by, older)
+            _mark(path, made_by)
+            try:
+                yield path
+            finally:
+                _mark(path, made_by)
     except Locked:
         raise UserError(f"{folder} is being written by another process just now") from None
 
@@ -185,6 +207,12 @@ def _files_made(folder: Path, made_by: str) -> set[str] | None:
     if marker.get("made_by") != made_by or not isinstance(files, list):
         return None
     return {MARKER, *map(str, files)}
+
+
+def _mark(folder: Path, made_by: str) -> None:
+    """Writes down that the command has made all that is in the folder."""
+    marker = {"made_by": made_by, "files": sorted(_files(folder))}
+    paths.write_atomically(folder / MARKER, json.dumps(marker, indent=1) + "\n")
 
 
 def _marker(folder: Path) -> dict[str, object]:

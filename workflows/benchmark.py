@@ -24,6 +24,7 @@ from cvae import command_line, paths
 from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError, did_you_mean
+from cvae.output import check_folder, growing_folder
 from cvae.run_directory import free_name
 from slurm import cluster
 from slurm.cluster import Place, Placement
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _DEFAULT = [str(paths.PROJECT_ROOT / "configs" / "demo.yaml")]
+_MADE_BY = "benchmark.py"
 _PEERS = ["published", "tutorial", "diffusers", "diffusers-same"]
 
 
@@ -92,17 +94,28 @@ def main(arguments: list[str]) -> int:
     if prepares and coco is None:
         raise UserError("preparation reads JPEGs: give --coco DIR, an official download")
     peers = {name: _peers(made, options.against, coco) for name, made in experiments.items()}
-    out = options.out or Path("reports") / free_name("benchmark", Path("reports"))
+    out = check_folder(
+        options.out or Path("reports") / free_name("benchmark", Path("reports")),
+        _MADE_BY,
+        _is_older,
+    )
     from workflows.plan import locate  # torch: seconds
 
     place, placement, facts = locate(asked, options.cluster, False, cluster.TimeLimit(options.time))
     measured = [*experiments, *([PREPARATION] if prepares else [])]
     print(aligned([("benchmark", ", ".join(measured)), *facts]), flush=True)
     command = shlex.join(["python", "workflows/benchmark.py", *arguments])
-    _measure(experiments, peers, prepares, place, placement, options, out, command)
+    with growing_folder(out, _MADE_BY, _is_older):
+        _measure(experiments, peers, prepares, place, placement, options, out, command)
     print((out / "benchmark.md").read_text())
     print(out / "benchmark.md")
     return 0
+
+
+def _is_older(folder: Path) -> bool:
+    """Whether it holds the results of a version that left no marker, and nothing else."""
+    names = {entry.name for entry in folder.iterdir()}
+    return bool(names) and names <= {"benchmark.md", "benchmark.csv"}
 
 
 def _peers(experiment: Experiment, wanted: list[str] | None, coco: Path | None) -> list[str]:
@@ -138,8 +151,9 @@ def _measure(
     from workflows.benchmarks.series import series
 
     machine = f"{results.this_machine()}; {place.why}" if place.name else results.this_machine()
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out.resolve()))
+    for leftover in out.glob(".jobs-*"):  # of an earlier benchmark that failed
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".jobs-", dir=out))
     # The jobs have working folders of their own.
     coco = options.coco and options.coco.resolve()
     bench = Bench(place, scratch, options.seconds, coco)

@@ -10,7 +10,7 @@ import pytest
 
 from cvae import output, paths
 from cvae.errors import UserError
-from cvae.output import MARKER, check_file, check_folder, whole_folder
+from cvae.output import MARKER, check_file, check_folder, growing_folder, whole_folder
 
 
 def write(folder: Path, text: str = "new", made_by: str = "report.py") -> None:
@@ -164,3 +164,26 @@ def test_one_writes_at_a_time(home: Path) -> None:
         with pytest.raises(UserError, match="being written by another process"):
             write(home / "out")
     assert (home / "out" / "page").read_text() == "first"
+
+
+def grow(folder: Path, then: Callable[[], object] = lambda: None) -> None:
+    with growing_folder(folder, "benchmark.py") as path:
+        then()
+        (path / "table").write_text("one round")
+        os.stat(path / "second round")
+
+
+def test_a_growing_folder_is_its_commands_own_however_it_ends(home: Path) -> None:
+    folder = home / "out"
+    with pytest.raises(UserError, match="another process"):
+        grow(folder, then=lambda: grow(folder))
+    with pytest.raises(FileNotFoundError):
+        grow(folder)
+    with growing_folder(folder, "benchmark.py"):
+        assert (folder / "table").read_text() == "one round"
+    with pytest.raises(UserError, match=r"not made by report\.py"):
+        write(folder)
+    (folder / "mine").write_text("mine")
+    with pytest.raises(UserError, match="holds mine, which benchmark"):
+        grow(folder)
+    assert {file.name for file in folder.iterdir()} == {MARKER, "table", "mine"}

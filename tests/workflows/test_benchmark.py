@@ -9,6 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from cvae.data.building import progress_bar
 from cvae.errors import UserError
+from cvae.output import MARKER, check_folder
 from slurm import cluster
 from slurm.cluster import Placement
 from tests.conftest import tiny_experiment
@@ -52,7 +53,8 @@ def test_a_round_measures_every_contestant_and_tells_mlflow(
     for compared in ("loop with MLflow:loop", "ZeRO 1:DDP 2 ranks", "weak: 2 ranks over 1"):
         assert float(rows[compared]["value"]) > 0
     # The jobs' files go where all went well.
-    assert sorted(path.name for path in out.iterdir()) == ["benchmark.csv", "benchmark.md"]
+    assert {path.name for path in out.iterdir()} == {MARKER, "benchmark.csv", "benchmark.md"}
+    check_folder(out, "benchmark.py")
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
     found = client.get_experiment_by_name("benchmark")
     assert found is not None
@@ -63,6 +65,9 @@ def test_a_round_measures_every_contestant_and_tells_mlflow(
 
 def test_bad_input_is_one_line(tiny_store: Path, home: Path, experiment: Path) -> None:
     file = str(experiment)
+    (home / "mine").mkdir()
+    (home / "mine" / "benchmark.md").write_text("notes")
+    (home / "mine" / "thesis.tex").write_text("years of work")
     for arguments, message in (
         ([file, "--against", "tutorail"], "no such peer; did you mean tutorial"),
         ([file, "--against", "published"], "give --coco DIR"),
@@ -72,6 +77,9 @@ def test_bad_input_is_one_line(tiny_store: Path, home: Path, experiment: Path) -
         ([file, "--rounds", "0"], "0 is not a whole number above 0"),
         ([file, "trainin.epochs=3"], "trainin"),
         (["none.yaml"], "none.yaml"),
+        ([file, "--out", str(home / "mine")], "not made by benchmark.py"),
+        ([file, "--out", file], "is a file"),
+        ([file, "--out", str(home)], "is not replaced|holds it"),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments)

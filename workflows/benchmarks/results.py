@@ -11,8 +11,10 @@ from mlflow.tracking import MlflowClient
 
 from cvae import paths
 from cvae.paths import write_atomically
+from cvae.training.mlflow_store import create_store, experiment_id
 
 EXPERIMENT = "benchmark"
+FILES = ("benchmark.md", "benchmark.csv")
 COLUMNS = ["experiment", "measured", "value", "lowest", "highest", "runs", "unit"]
 
 
@@ -62,7 +64,6 @@ def _shown(value: float) -> str:
 def write(rows: list[Row], out: Path, machine: str, command: str) -> None:
     """benchmark.md and benchmark.csv in `out`, replacing what an earlier round wrote."""
     table = frame(rows)
-    out.mkdir(parents=True, exist_ok=True)
     text = f"{machine}\n\n    {command}\n\n{markdown(table)}"
     write_atomically(out / "benchmark.md", text)
     write_atomically(out / "benchmark.csv", table.to_csv(index=False))
@@ -70,14 +71,17 @@ def write(rows: list[Row], out: Path, machine: str, command: str) -> None:
 
 def to_mlflow(rows: list[Row], out: Path, machine: str, command: str) -> None:
     """A run of MLflow's experiment "benchmark": medians as metrics, the tables as artifacts."""
-    client = MlflowClient(paths.tracking_uri())
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment_id = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+    uri = paths.tracking_uri()
+    create_store(uri)
+    client = MlflowClient(uri)
     tags = {"machine": machine, "command": command}
-    run_id = client.create_run(experiment_id, run_name=out.name, tags=tags).info.run_id
+    run_id = client.create_run(
+        experiment_id(client, EXPERIMENT, uri), run_name=out.name, tags=tags
+    ).info.run_id
     for row in rows:
         client.log_metric(run_id, f"{row.experiment}/{row.measured}", row.median)
-    client.log_artifacts(run_id, str(out))
+    for name in FILES:
+        client.log_artifact(run_id, str(out / name))
     client.set_terminated(run_id)
 
 
