@@ -26,7 +26,8 @@ from cvae.errors import UserError
 from cvae.paths import write_atomically
 from slurm.ray_files import private_folder, trouble
 
-_TOLD = ("CVAE_HOME", "CVAE_CODE", "PYTHONPATH", "MLFLOW_TRACKING_URI")
+# Not MLflow's address: trials write to their journals only, and whoever may look at Ray can read this.
+_TOLD = ("CVAE_HOME", "CVAE_CODE", "PYTHONPATH")
 # Beside Ray's files: why the driver has ended, in one line.
 PROBLEM = "problem.txt"
 _HEAD_PATIENCE_S = 300.0  # a cold file system

@@ -64,10 +64,13 @@ class Display:
         elif now - self._printed_at >= _INTERVAL_S or step == total:
             self._printed_at = now
             beside = "".join(f"  {name} {text}" for name, text in notes.items())
-            print(
-                f"step {step:,} of {total or '?':,}{beside}{self._left(now, step, total)}",
-                flush=True,
-            )
+            of = f"{total:,}" if total else "?"
+            print(f"step {step:,} of {of}{beside}{self._left(now, step, total)}", flush=True)
+
+    def tick(self) -> None:
+        """Shows that time passes while the bar stands."""
+        if self._line is not None and self._has_bar:
+            self._line.refresh()
 
     def pause(self) -> None:
         """After a stop the rate starts anew."""

@@ -10,7 +10,7 @@ from cvae.errors import UserError
 from cvae.redaction import without_password
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
-from cvae.training.mlflow_mirror import behind
+from cvae.training.mlflow_mirror import behind, newest_word
 from slurm import queue, tries
 from slurm.client import JobState
 from slurm.evidence import first_failure
@@ -24,6 +24,7 @@ from workflows.run_state import (
     run_state,
     submissions,
     total_steps,
+    total_steps_of,
 )
 from workflows.text import Fact, aligned, clock, count, duration, printable, shown
 
@@ -71,13 +72,21 @@ def follow(run: RunDirectory) -> int:
 class _Follower:
     def __init__(self, run: RunDirectory, display: Display):
         self.run, self.display = run, display
-        self.total = total_steps(run)
+        self.total: int | None = None
+        self.log_every, self.compiles = 1, False
+        with suppress(UserError):
+            experiment = run.experiment()
+            self.total = total_steps_of(experiment)
+            self.log_every = experiment.training.log_every
+            self.compiles = experiment.training.compile
         self.submission: Submission = submissions(run)[-1]
         self.offset = self.submission.journal_offset
         self.marks: list[dict[str, Any]] = []
         self.job = JobState("queued", "PENDING")
         self.asked_at = -float("inf")
         self.blind = False
+        self.checked = False  # by the preflight of this start
+        self.step: int | None = None
 
     def watch(self) -> RunState:
         ended_at: float | None = None
@@ -100,15 +109,18 @@ class _Follower:
             ended_at = None
             if self.job.phase == "ended":
                 return run_state(self.run)
-            if state.status != "running":
+            if state.status != "running" or self.step is None:
                 self._wait(state)
+            else:
+                self.display.tick()
             time.sleep(_JOURNAL_POLL_S)
 
     def _mirroring(self) -> str:
         """What MLflow still lacks; the job ends when it has all, or half a minute later."""
         with suppress(UserError, OSError):
             if missing := behind(self.run.path):
-                return f", and for MLflow: {count(missing, 'journal line')} to go"
+                doing = textwrap.shorten(printable(newest_word(self.run.path)), 100)
+                return f", and for MLflow: {count(missing, 'journal line')} to go ({doing})"
         return ""
 
     def _ask(self) -> None:
@@ -132,9 +144,16 @@ class _Follower:
         if state.status == "stopping":
             self.display.status("stopped; waiting for the job to end")
             return
+        if state.status == "running":
+            compiling = "; the model is being compiled" if self.compiles else ""
+            self.display.status(f"the first step is on its way{compiling}")
+            return
         if state.status == "starting":
             node = self.job.reason
-            self.display.status(f"starting: {where}" + ("" if node in where else f", on {node}"))
+            phase = "; the nodes are checked, the model is being built" if self.checked else ""
+            self.display.status(
+                f"starting: {where}" + ("" if node in where else f", on {node}") + phase
+            )
             return
         reason = f", waits for: {self.job.reason}" if self.job.reason not in ("", "None") else ""
         start = ""
@@ -144,8 +163,11 @@ class _Follower:
 
     def _show(self, line: dict[str, Any]) -> None:
         kind = line["kind"]
-        if kind == "start":
+        if kind == "preflight":
+            self.checked = True
+        elif kind == "start":
             self.marks.append(line)
+            self.checked, self.step = False, None
             on = [
                 line.get("device"),
                 line.get("precision"),
@@ -167,7 +189,10 @@ class _Follower:
                 notes["loss"] = f"{metrics['train/loss']:.2f}"
             if "train/images_per_second" in metrics:
                 notes["images/s"] = f"{metrics['train/images_per_second']:,.0f}"
-            self.display.progress(line["step"], self.total, notes)
+            self.step = line["step"]
+            if self.step == 1 and self.log_every > 1:
+                notes["next point"] = f"step {min(self.log_every, self.total or self.log_every)}"
+            self.display.progress(self.step, self.total, notes)
         elif kind == "epoch":
             self.display.say(epoch_line(line))
         elif kind == "notice":

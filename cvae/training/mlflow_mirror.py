@@ -8,6 +8,7 @@ journal and may lag, die or be killed at any moment: mlflow.json says from where
 import logging
 import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -54,6 +55,7 @@ class Mirror:
                 _log.warning("the MLflow mirror had died (%s)", self._log_file)
                 self._process = self._start()
             if self._process is not None:
+                hurry(self._process.pid)
                 self._say_end(self._process)
                 self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -133,6 +135,7 @@ def main(run_dir: Path) -> int:
     step_back()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     guard_output()
+    _log.info("loading MLflow")
     prepare_mlflow()
     from cvae.training.mlflow_push import Pusher
 
@@ -152,6 +155,16 @@ def step_back() -> None:
     if os.getsid(0) == os.getpid():
         with suppress(OSError):
             Path("/proc/self/autogroup").write_text("10")
+
+
+def hurry(pid: int) -> None:
+    """Gives a mirror its share of the cores again: the training is over, and somebody waits.
+
+    It leads its session. Its niceness cannot be taken back, but among sessions that does not count.
+    """
+    with suppress(OSError):
+        if os.getsid(pid) == pid:
+            Path(f"/proc/{pid}/autogroup").write_text("0")
 
 
 def _follow(pusher: "Pusher") -> int:
@@ -207,6 +220,17 @@ def _alone(run_dir: Path, wait: bool) -> Iterator[None]:
         except Locked:
             raise UserError(f"{run_dir.name}: its mirror is at work, nothing to sync") from None
         yield
+
+
+def newest_word(run_dir: Path) -> str:
+    """Returns the last line of the mirror's log: what it is doing, or why it cannot."""
+    try:
+        with open(Path(run_dir) / "logs" / "mlflow.log", "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 1000))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return re.sub(r"^[\d-]+ [\d:,]+ ", "", lines[-1]) if lines else ""
 
 
 def _log_file(run_dir: Path) -> Path:

@@ -11,12 +11,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+from mlflow.utils import environment
 
 import cvae
 from cvae.config import load_experiment
 from cvae.export_format import CONFIG, EXPERIMENT, Exported
 
 NAME = "model"
+# MLflow would look through every installed package, for seconds, to warn of versions that are not these.
+environment.warn_dependency_requirement_mismatches = lambda model_requirements: None
 _OLD_SERVER = {"ENDPOINT_NOT_FOUND", "RESOURCE_DOES_NOT_EXIST", "NOT_IMPLEMENTED"}
 # What cvae/pyfunc.py imports of other projects.
 _DRAWS_WITH = "torch numpy pandas safetensors pydantic pyyaml pillow matplotlib tqdm scikit-learn transformers"

@@ -248,6 +248,7 @@ class Pusher:
             raise BadLine(f"{source} is not there")
         # A run of before there were logged models has weights alone in its model/.
         if folder == mlflow_model.NAME and (source / CONFIG).is_file():
+            _log.info("logging the model")
             try:
                 mlflow_model.log_model(self._api, self._run_id, source)
             except (ValueError, UserError) as error:

@@ -30,6 +30,7 @@ def create_store(uri: str) -> None:
     with file_lock(Path(f"{file}.lock"), math.inf):
         if file.exists():
             return
+        _log.info("making the store %s", file)
         nascent = Path(f"{file}.new")
         nascent.unlink(missing_ok=True)
         # The experiment `Default`, too, keeps its files beside the database, not in the present folder.

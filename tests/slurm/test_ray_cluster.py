@@ -40,10 +40,13 @@ def test_actors_start_in_an_environment_whose_path_has_a_space(
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(sys, "executable", python(tmp_path, "echo started"))
     monkeypatch.setenv("CVAE_RAY_GPUS", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:hush@mlflow")
     if address:
         monkeypatch.setenv("CVAE_RAY_ADDRESS", address)
     with pytest.raises(Enough), ray_cluster.connect():
         pass
+    # Whoever may look at Ray can read it.
+    assert "hush" not in str(asked)
     # As Ray does, in runtime_env/context.py.
     command = f"exec {asked['runtime_env']['py_executable']} default_worker.py"
     assert subprocess.check_output(["bash", "-c", command], text=True) == "started\n"

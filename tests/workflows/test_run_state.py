@@ -85,3 +85,28 @@ def test_a_job_that_starts_here_names_its_host_once(
     follower.job = JobState("running", "RUNNING", "vm")
     follower._wait(RunState("starting", "", follower.job))
     assert capsys.readouterr().out == "starting: process 7 on vm\n"
+
+
+def test_what_goes_on_before_the_second_point_is_shown(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_experiment(log_every=50, compile=True)
+    run = RunDirectory.create("r", Experiment.model_validate(tree))
+    entry = {"time": 1, "cluster": "local", "executor": "local", "job_id": "7", "host": "vm"}
+    run.launch_file.write_text(json.dumps([{**entry, "nodes": 1, "gpus": 1, "world_size": 1}]))
+    follower = _Follower(run, Display())
+    follower.job = JobState("running", "RUNNING", "vm")
+    follower._show({"kind": "preflight"})
+    follower._wait(RunState("starting", "", follower.job))
+    follower._show({"kind": "start", "step": 0, "world_size": 1})
+    follower._wait(RunState("running", "", follower.job))
+    for step in (1, 50):
+        follower.display._printed_at = 0.0
+        follower._show({"kind": "step", "step": step, "metrics": {}})
+    assert capsys.readouterr().out.splitlines() == [
+        "starting: process 7 on vm; the nodes are checked, the model is being built",
+        "training from step 0 on 1 rank ()",
+        "the first step is on its way; the model is being compiled",
+        "step 1 of ?  next point step 50",
+        "step 50 of ?",
+    ]

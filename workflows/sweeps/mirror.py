@@ -6,6 +6,7 @@ last, so that a parent that has ended has all its children.
 
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -88,8 +89,10 @@ def _follow(mirror: "SweepMirror") -> int:
     ended_at = None
     while True:
         # Asked before reading: what was written before the end is read below.
-        if mlflow_mirror.told_end(_WAIT_S if ended_at is None else 0.5):
-            ended_at = ended_at or time.monotonic()
+        ended = mlflow_mirror.told_end(_WAIT_S if ended_at is None else 0.5)
+        if ended and ended_at is None:
+            ended_at = time.monotonic()
+            mlflow_mirror.hurry(os.getpid())
         try:
             mirror.push()
             if ended_at is not None:

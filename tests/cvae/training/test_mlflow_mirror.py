@@ -22,7 +22,7 @@ from analysis import tracking
 from cvae.errors import UserError
 from cvae.training import mlflow_mirror
 from cvae.training.journal import Journal
-from cvae.training.mlflow_mirror import behind, start_mirror, sync
+from cvae.training.mlflow_mirror import behind, newest_word, start_mirror, sync
 
 mlflow_mirror.prepare_mlflow()
 
@@ -74,6 +74,11 @@ def home(two_at_once: tuple[Run, Run], tmp_path: Path, monkeypatch: pytest.Monke
 def test_two_runs_that_start_at_once_on_a_fresh_store(two_at_once: tuple[Run, Run]) -> None:
     first, second = two_at_once
     home = first.path.parent.parent
+    # No warning of MLflow's: beside a bar, as of runs.py sync, it would break that.
+    told = re.sub(r"(?m)^[\d-]+ [\d:,]+ ", "", first.log + second.log).splitlines()
+    at_work = ["loading MLflow", f"mirroring to sqlite:///{home / 'mlflow.db'}"]
+    assert sorted(told) == sorted([*at_work, *at_work, f"making the store {home / 'mlflow.db'}"])
+    assert newest_word(first.path) in told
     assert first.run_id != second.run_id
     others = [
         ("system/cpu_utilization_percentage", 50),
