@@ -138,17 +138,19 @@ class Slurm:
                 # Some SLURMs refuse the whole list for one job that they have forgotten.
                 return {job_id: self.job(job_id) for job_id in job_ids}
             text = ""
-        for line in reversed(text.splitlines()):
-            job_id, word, reason, start, hosts = line.split("|")
+        rows, unreadable = _rows(text, job_ids, columns=5)
+        for job_id, (word, reason, start, hosts) in rows.items():
             found[job_id] = _state(word, reason if word in _PENDING else hosts, start)
         missing = [job_id for job_id in job_ids if job_id not in found]
         with suppress(UserError):
             columns = "--format=JobID,State,NodeList,Start"
             asked = ["--noheader", "--parsable2", "--allocations", columns]
             text = self._run("sacct", *asked, f"--jobs={','.join(missing)}") if missing else ""
-            for line in text.splitlines():
-                job_id, word, hosts, start = line.split("|")
+            for job_id, (word, hosts, start) in _rows(text, missing, columns=4)[0].items():
                 found[job_id] = _state(word.split()[0], hosts, start)
+        if unreadable:
+            # The job may be what the queue was about to speak of.
+            forgotten = JobState("unknown", "UNKNOWN", f"SLURM's squeue says: {unreadable[:200]}")
         return {job_id: found.get(job_id, forgotten) for job_id in job_ids}
 
     def details(self, job_id: str) -> dict[str, str]:
@@ -231,16 +233,26 @@ class Slurm:
                 stdin=subprocess.DEVNULL if stdin is None else None,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=timeout,
-                env=os.environ | self.environment,
+                env=_own_options() | self.environment,
             )
         except FileNotFoundError:
             raise UserError(f"SLURM's {command[0]} is not installed here") from None
+        except OSError as error:
+            raise UserError(f"SLURM's {command[0]} cannot be run: {error.strerror}") from None
         except subprocess.TimeoutExpired:
             raise UserError(f"SLURM's {command[0]} did not answer in {timeout:.0f} s") from None
         if done.returncode:
             raise UserError(f"SLURM says: {complaint(done.stderr) or f'{command[0]} failed'}")
         return done.stdout + done.stderr if both else done.stdout
+
+
+def _own_options() -> dict[str, str]:
+    """Returns the environment without a person's own options of these commands: SQUEUE_PARTITION hides jobs."""
+    habits = ("SQUEUE_", "SACCT_", "SINFO_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(habits)}
+    return kept | {"SLURM_TIME_FORMAT": "standard"}
 
 
 # What SLURM's commands say if asking again is of no use. Everything else (time-outs, a controller in standby
@@ -294,6 +306,28 @@ def minutes_of(limit: str) -> int | None:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
     total = -(-(60 * (60 * hours + minutes) + seconds) // 60)
     return total if total <= _MOST_MINUTES else None
+
+
+# As RUNNING, RESV_DEL_HOLD; the accounting's are followed by more, as in "CANCELLED by 0".
+_STATE_WORD = re.compile(r"[A-Z_]+\b.*")
+
+
+def _rows(text: str, job_ids: Sequence[str], columns: int) -> tuple[dict[str, list[str]], str]:
+    """Returns the columns of each wanted job's first line, without its id; and the first line that is of no use.
+
+    That may be an error that SLURM, or a site's wrapper, has printed among the answers, a line cut short, or a
+    part of an array, as which no job of ours is submitted.
+    """
+    rows: dict[str, list[str]] = {}
+    unreadable = ""
+    for line in filter(str.strip, text.splitlines()):
+        job_id, *rest = line.split("|")
+        is_whole = 1 + len(rest) == columns and _STATE_WORD.fullmatch(rest[0])
+        if is_whole and job_id in job_ids:
+            rows.setdefault(job_id, rest)
+        elif not is_whole or re.split(r"[_+]", job_id)[0] in job_ids:
+            unreadable = unreadable or line.strip()
+    return rows, unreadable
 
 
 def _state(word: str, reason: str, start: str) -> JobState:
