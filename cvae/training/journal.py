@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cvae.training.journal_lines import BadLine, Line, decode
 
@@ -23,6 +23,8 @@ _POINTS = (b'"kind":"step"', b'"kind":"system"')
 _log = logging.getLogger(__name__)
 # A file's first bad line is named; it is read again and again, as while a run is followed.
 _warned: set[Path] = set()
+_COMPARED = 200  # bytes: a line has its time in it
+_outlines: dict[tuple[Path, int], "_Outline"] = {}
 
 
 class Journal:
@@ -123,17 +125,53 @@ def read_each(path: Path, offset: int = 0) -> Iterator[tuple[Line | None, int]]:
 def read_outline(path: Path, offset: int = 0, until: int | None = None) -> list[Line]:
     """Returns the lines from byte `offset` to `until`, but of each series of points only its last step and system.
 
-    That is enough for a run's state, its times and its newest values, in a tenth of the time. Raises
-    OSError if the file cannot be read.
+    That is enough for a run's state, its times and its newest values, in a tenth of the time. Asked again without
+    `until`, a process reads only what is new, unless the file has been cut or replaced. Raises OSError if the
+    file cannot be read.
     """
-    outline: list[Line] = []
+    if until is not None:
+        return _read_on(path, _Outline([], offset), until).lines
+    known = _outlines.get((path, offset))
+    if known is None or not known.is_of(path):
+        known = _Outline([], offset)
+    _outlines[path, offset] = known = _read_on(path, known)
+    return list(known.lines)
+
+
+class _Outline(NamedTuple):
+    lines: list[Line]
+    end: int
+    """The offset behind what has been read."""
+    last: bytes = b""
+    """The end of the last line that has been read."""
+    inode: int = 0
+
+    def is_of(self, path: Path) -> bool:
+        """Returns whether the file still begins with what has been read. Raises OSError if it cannot be read."""
+        try:
+            with open(path, "rb") as file:
+                file.seek(self.end - len(self.last))
+                same = file.read(len(self.last)) == self.last
+                return same and self.inode in (0, os.fstat(file.fileno()).st_ino)
+        except FileNotFoundError:
+            return False
+
+
+def _read_on(path: Path, known: _Outline, until: int | None = None) -> _Outline:
+    outline = list(known.lines)
+    offset, last = known.end, b""
     series: dict[bytes, list[tuple[bytes, int]]] = {mark: [] for mark in _POINTS}
 
     def end_series() -> None:
         newest = [next(_decoded(reversed(points), path), None) for points in series.values()]
-        outline.extend(sorted(filter(None, newest), key=lambda line: line["time"]))
-        for points in series.values():
-            points.clear()
+        points = {line["kind"]: line for line in filter(None, newest)}
+        # These are newer than the points of the same series that were read before.
+        while outline and outline[-1]["kind"] in ("step", "system"):
+            points.setdefault(outline[-1]["kind"], outline[-1])
+            outline.pop()
+        outline.extend(sorted(points.values(), key=lambda line: (line["time"], line["kind"])))
+        for lines in series.values():
+            lines.clear()
 
     for line in _whole_lines(path, offset, until):
         point = next((mark for mark in _POINTS if mark in line), None)
@@ -143,8 +181,11 @@ def read_outline(path: Path, offset: int = 0, until: int | None = None) -> list[
             end_series()
             outline += _decoded([(line, offset)], path)
         offset += len(line) + 1
+        last = line
     end_series()
-    return outline
+    if offset == known.end:
+        return known
+    return _Outline(outline, offset, last[-_COMPARED:] + b"\n", os.stat(path).st_ino)
 
 
 def training_seconds(lines: Iterable[Line]) -> float:

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cvae.training import journal
 from cvae.training.journal import Journal, read, read_outline, training_seconds
 from cvae.training.journal_lines import BadLine, Line, decode
 
@@ -245,6 +248,43 @@ def test_training_time_is_that_between_a_start_and_its_last_word(tmp_path: Path)
             steps = [line["step"] for line in lines if line["kind"] == kind]
             kept = [line["step"] for line in outline if line["kind"] == kind]
             assert kept[-1:] == steps[-1:]
+
+
+def test_an_outline_is_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, draw = tmp_path / "journal.jsonl", random.Random(8)
+    offsets: list[int] = []
+
+    def noted(path: Path, offset: int, until: int | None = None) -> Sequence[bytes]:
+        offsets.append(offset)
+        return whole_lines(path, offset, until)
+
+    def anew() -> list[Line]:
+        with monkeypatch.context() as forgetful:
+            forgetful.setattr(journal, "_outlines", {})
+            return read_outline(path)
+
+    whole_lines = journal._whole_lines
+    monkeypatch.setattr(journal, "_whole_lines", noted)
+    for number in range(40):
+        lines = random_journal(draw)
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        # Replaced: written anew in place, or by another file under its name.
+        new = path if number % 2 else tmp_path / "new"
+        new.write_bytes(b"")
+        new.rename(path)
+        assert read_outline(path) == []
+        # A writer may be seen in the middle of a line.
+        ends = [0, *sorted(draw.choices(range(len(text) + 1), k=4)), len(text)]
+        for begin, end in pairwise(ends):
+            with path.open("ab") as file:
+                file.write(text[begin:end])
+            offsets.clear()
+            assert str(read_outline(path)) == str(read_outline(path))  # NaN is not NaN
+            assert offsets[0] == text.rfind(b"\n", 0, begin) + 1
+            assert offsets[1] == text.rfind(b"\n", 0, end) + 1
+            assert str(read_outline(path)) == str(anew())
+        os.truncate(path, draw.randrange(len(text) + 1))
+        assert str(read_outline(path)) == str(anew())
 
 
 def test_a_pause_and_the_next_preflight_are_no_training() -> None:
