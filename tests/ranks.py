@@ -1,6 +1,6 @@
 """Real ranks on this machine: one process each, found by torch's environment variables.
 
-`python -m tests.ranks RUN_PATH` is what each of them runs.
+`python -m tests.ranks RUN_PATH PORT [RUN_PATH PORT …]` is what each of them runs.
 """
 
 import os
@@ -20,20 +20,27 @@ from tests.conftest import PROJECT_ROOT
 _PATIENCE_S = 120
 
 
-def start(run: RunDirectory, world_size: int) -> list["subprocess.Popen[str]"]:
-    return start_python(["-m", "tests.ranks", str(run.path)], world_size)
+def start(
+    run: RunDirectory, world_size: int, *more: RunDirectory
+) -> list["subprocess.Popen[str]"]:
+    """more: runs that the same processes train afterwards, as starting them takes longer than training."""
+    words = [word for one in (run, *more) for word in (str(one.path), str(_free_port()))]
+    return start_python(["-m", "tests.ranks", *words], world_size)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start_python(arguments: list[str], world_size: int) -> list["subprocess.Popen[str]"]:
     """`python arguments` as each of the ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_free_port()),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     return [
@@ -58,8 +65,8 @@ def finish(processes: list["subprocess.Popen[str]"], patience_s: float = _PATIEN
             process.kill()
 
 
-def train(run: RunDirectory, world_size: int) -> list[str]:
-    return finish(start(run, world_size))
+def train(run: RunDirectory, world_size: int, *more: RunDirectory) -> list[str]:
+    return finish(start(run, world_size, *more))
 
 
 def wait_for_step(run: RunDirectory, step: int) -> None:
@@ -99,6 +106,8 @@ if __name__ == "__main__":
     from cvae.training.train import train as train_rank
 
     try:
-        print(train_rank(Path(sys.argv[1]), mirrored=False))
+        for path, port in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            os.environ["MASTER_PORT"] = port
+            print(train_rank(Path(path), mirrored=False))
     except UserError as error:
         sys.exit(f"error: {error}")
