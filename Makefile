@@ -7,7 +7,7 @@ TORCH_STAMP := $(TORCH:%=.venv/.torch-%)
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint mlflow gpu-check cluster cluster-down
+.PHONY: install demo test unit lint mlflow gpu-check cluster cluster-down
 
 install: $(VENV)/.installed
 
@@ -42,7 +42,10 @@ demo: install
 test: install
 	# The tests with a SLURM watch processes and clocks: they have the machine to themselves.
 	python -m pytest tests/cluster
-	python -m pytest -n auto --dist loadfile --ignore tests/cluster
+	python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/cluster
+
+unit: install
+	python -m pytest -n auto --dist loadfile -m 'not cluster and not integration'
 
 lint: install
 	ruff check .

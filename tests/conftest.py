@@ -14,8 +14,39 @@ from tests.stores import write_manifest
 # them twenty times slower. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# They start ranks, jobs, sweeps or servers. They come first: what takes long begins early, so that no worker is
+# left with it at the end.
+_INTEGRATION = (
+    "tests/test_gpu_check.py",
+    "tests/cvae/training/test_engines.py",
+    "tests/cvae/training/test_train.py",
+    "tests/workflows/sweeps/test_killed_sweep.py",
+    "tests/workflows/test_launch.py",
+    "tests/workflows/sweeps/test_sweep.py",
+    "tests/workflows/test_benchmark.py",
+    "tests/cvae/training/test_mlflow_mirror.py",
+    "tests/cvae/training/test_mlflow_server.py",
+    "tests/cvae/training/test_compile.py",
+    "tests/cvae/evaluation/test_run.py",
+    "tests/cvae/data/test_coco_parts.py",
+    "tests/workflows/test_prepare_job.py",
+    "tests/test_fuzz.py",
+)
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 TEXT_DIM = 12
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return _INTEGRATION.index(file) if file in _INTEGRATION else len(_INTEGRATION)
+
+    items.sort(key=place)
+    for item in items:
+        if place(item) < len(_INTEGRATION):
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture

@@ -20,9 +20,7 @@ from tests.conftest import PROJECT_ROOT
 _PATIENCE_S = 120
 
 
-def start(
-    run: RunDirectory, world_size: int, *more: RunDirectory
-) -> list["subprocess.Popen[str]"]:
+def start(run: RunDirectory, world_size: int, *more: RunDirectory) -> list["subprocess.Popen[str]"]:
     """more: runs that the same processes train afterwards, as starting them takes longer than training."""
     words = [word for one in (run, *more) for word in (str(one.path), str(_free_port()))]
     return start_python(["-m", "tests.ranks", *words], world_size)

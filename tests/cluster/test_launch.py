@@ -25,7 +25,7 @@ from tests.conftest import PROJECT_ROOT, tiny_experiment
 from workflows import launch, runs
 
 pytestmark = pytest.mark.cluster
-STEPS, HALF = 200, 100
+STEPS, PART = 240, 180
 
 
 def until(condition: Callable[[], object], seconds: float = 180) -> None:
@@ -156,9 +156,9 @@ def test_preflight_of_two_nodes(
     assert list((home / "runs").iterdir()) == []
 
 
-@pytest.mark.timeout(600)  # 3 jobs of 8 ranks, each of which imports torch, on however few cores
+@pytest.mark.timeout(600)  # 3 jobs of 4 ranks, each of which imports torch, on however few cores
 def test_one_curve_and_bit_identical_after_scancel_and_resume(cluster: Cluster, home: Path) -> None:
-    """Eight ranks on two hosts follow the one-rank curve, and lose nothing when they are cancelled.
+    """Four ranks on two hosts follow the one-rank curve, and lose nothing when they are cancelled.
 
     With a tenth of the published learning rate: at the published one, a unit whose input is within 1e-7 of
     ReLU's kink in some of the 20 million cases falls on the other side of it, and Adam makes that a
@@ -168,29 +168,29 @@ def test_one_curve_and_bit_identical_after_scancel_and_resume(cluster: Cluster, 
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     prepare_fashion_mnist(DEBIAN_FOLDER)
     common = ("configs/fashion_mnist.yaml", "optimizer.lr=1e-4", "training.log_every=1")
-    common = (*common, f"training.max_steps={STEPS}", f"checkpoint.every_steps={HALF}")
-    eight = (*common, "--cluster", "testcluster", "--nodes", "2", "--gpus", "8")
+    common = (*common, f"training.max_steps={STEPS}", f"checkpoint.every_steps={PART}")
+    four = (*common, "--cluster", "testcluster", "--nodes", "2", "--gpus", "4")
 
     one_rank = start(*common, "--cluster", "local", "--name", "one")
-    whole = start(*eight, "--name", "whole")
+    whole = start(*four, "--name", "whole")
     end(one_rank)
     assert "finished  whole" in end(whole)
     one, many = losses("one"), losses("whole")
     assert list(one) == list(many) == list(range(1, STEPS + 1))
     assert max(abs(many[step] - one[step]) / one[step] for step in one) < 1e-4
     hosts = next(line for line in lines("whole") if line["kind"] == "start")["hosts"]
-    assert hosts == ["cvae-node1"] * 4 + ["cvae-node2"] * 4
+    assert hosts == ["cvae-node1"] * 2 + ["cvae-node2"] * 2
 
-    # The first half of the same run, in two pieces: nothing in it depends on where the run will end.
-    end(start(*eight, f"training.max_steps={HALF}", "--name", "cut", "--detach"))
-    until(lambda: max(losses("cut"), default=0) >= 20)
+    # The first part of the same run, in two pieces: nothing in it depends on where the run will end.
+    end(start(*four, f"training.max_steps={PART}", "--name", "cut", "--detach"))
+    until(lambda: max(losses("cut"), default=0) >= 5)
     cluster.command("scancel", RunDirectory(home / "runs" / "cut").submissions()[-1]["job_id"])
     until(lambda: lines("cut")[-1]["kind"] == "end")
     stopped = lines("cut")[-1]
-    assert (stopped["status"], stopped["step"] < HALF) == ("stopped", True)
+    assert (stopped["status"], stopped["step"] < PART) == ("stopped", True)
     until(lambda: _resumed("cut"))
-    assert losses("cut") == {step: many[step] for step in range(1, HALF + 1)}
-    assert checkpoint("cut", HALF) == checkpoint("whole", HALF) != checkpoint("whole", STEPS)
+    assert losses("cut") == {step: many[step] for step in range(1, PART + 1)}
+    assert checkpoint("cut", PART) == checkpoint("whole", PART) != checkpoint("whole", STEPS)
 
 
 def _resumed(name: str) -> bool:

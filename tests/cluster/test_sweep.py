@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def sweep(on_cluster: Cluster, tiny_store: Path) -> Iterator[SweepDirectory]:
     """Of four long trials at once and two that wait, submitted to both hosts."""
     home = tiny_store.parent.parent
-    tree = tiny_experiment(epochs=1600, eval_every=200, log_every=100)
+    tree = tiny_experiment(epochs=800, eval_every=100, log_every=100)
     tree["checkpoint"] = {"every_steps": 200}
     (home / "tiny.yaml").write_text(yaml.safe_dump(tree))
     space = {"model.latent_dim": {"grid": [2, 3, 4, 5, 6, 7]}}
@@ -63,7 +63,7 @@ def test_trials_of_a_lost_node_move(sweep: SweepDirectory, cluster: Cluster) -> 
     for trial in sweep.trials():
         run = RunDirectory.open(trial.run)
         lines = journal.read(run.journal_file)[0]
-        assert [x["step"] for x in lines if x["kind"] == "epoch"] == list(range(1000, 8001, 1000))
+        assert [x["step"] for x in lines if x["kind"] == "epoch"] == list(range(500, 4001, 500))
         if trial.run in doomed:
             assert hosts_of(trial)[-1] == "cvae-node1"
             starts = [x["step"] for x in lines if x["kind"] == "start"]
@@ -72,7 +72,7 @@ def test_trials_of_a_lost_node_move(sweep: SweepDirectory, cluster: Cluster) -> 
 
 def trials_on(sweep: SweepDirectory, host: str) -> set[str]:
     """Runs that train there and are some checkpoints on."""
-    on = [trial for trial in sweep.trials() if trial.status == "running" and trial.step >= 1000]
+    on = [trial for trial in sweep.trials() if trial.status == "running" and trial.step >= 500]
     return {trial.run for trial in on if hosts_of(trial) == [host]}
 
 

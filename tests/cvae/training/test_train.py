@@ -92,9 +92,7 @@ def test_learning_happens(tiny_store: Path) -> None:
     assert saved[-1]["step"] == 5 * (1 + int(np.argmin(val)))
 
 
-@pytest.mark.parametrize(
-    ("world_size", "moments", "steps"), [(1, [60, 160], 300), (3, [60], 200)]
-)
+@pytest.mark.parametrize(("world_size", "moments", "steps"), [(1, [60, 160], 300), (3, [60], 200)])
 def test_killed_and_resumed_is_bit_identical(
     home: Path, world_size: int, moments: list[int], steps: int
 ) -> None:
