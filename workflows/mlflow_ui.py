@@ -13,9 +13,9 @@ import psutil
 
 from cvae import command_line, paths
 from cvae.command_line import Parser
-from cvae.errors import UserError
+from cvae.errors import UserError, cut
 from cvae.redaction import without_password
-from workflows.text import aligned
+from workflows.text import aligned, printable
 
 _FIRST_PORT, _PORTS = 5000, 50
 _PATIENCE_S = 90.0
@@ -23,12 +23,14 @@ _EXPERIMENTS_SHOWN = 8
 
 
 def main(arguments: list[str]) -> int:
-    Parser(prog="mlflow_ui.py", description=__doc__).parse_args(arguments)
+    parser = Parser(prog="mlflow_ui.py", description=__doc__)
+    parser.add_argument("port", nargs="?", metavar="PORT", help="default: the first that is free")
+    asked: str | None = parser.parse_args(arguments).port
     uri = paths.tracking_uri()
     if uri.startswith(("http:", "https:")):
         print(f"MLFLOW_TRACKING_URI names a server that is there already: {without_password(uri)}")
         return 0
-    port = _port(arguments)
+    port = _port(asked)
     # MLflow's import takes seconds: not before a port is known to be free.
     from cvae.training.mlflow_store import create_store
 
@@ -45,18 +47,19 @@ def main(arguments: list[str]) -> int:
         server.wait()
 
 
-def _port(arguments: list[str]) -> int:
+def _port(asked: str | None) -> int:
     """The one that was asked for, or the first that is free. Raises UserError if there is none."""
-    if arguments and not (arguments[0].isdecimal() and 0 < int(arguments[0]) < 2**16):
-        raise UserError(f"PORT={arguments[0]}: a port is a whole number from 1 to 65535")
-    asked = [int(arguments[0])] if arguments else []
-    for port in asked or range(_FIRST_PORT, _FIRST_PORT + _PORTS):
+    if asked is not None and not (
+        asked.isascii() and asked.isdecimal() and len(asked) < 6 and 0 < int(asked) < 2**16
+    ):
+        raise UserError(f"PORT={cut(asked, 50)}: a port is a whole number from 1 to 65535")
+    for port in [int(asked)] if asked else range(_FIRST_PORT, _FIRST_PORT + _PORTS):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
     if asked:
-        raise UserError(f"port {asked[0]} is taken or not allowed; another one: make mlflow PORT=…")
+        raise UserError(f"port {asked} is taken or not allowed; another one: make mlflow PORT=…")
     raise UserError(f"no port from {_FIRST_PORT} on is free; name one: make mlflow PORT=…")
 
 
@@ -100,12 +103,17 @@ def _facts(uri: str, port: int) -> list[tuple[str, str]]:
     from mlflow.tracking import MlflowClient
 
     address = f"http://127.0.0.1:{port}"
-    found = MlflowClient(tracking_uri=uri).search_experiments(max_results=_EXPERIMENTS_SHOWN + 1)
-    named = [one for one in found if one.name != "Default"][:_EXPERIMENTS_SHOWN]
+    found = MlflowClient(tracking_uri=uri).search_experiments(max_results=_EXPERIMENTS_SHOWN + 2)
+    named = [one for one in found if one.name != "Default"]
+    links = [
+        (printable(one.name), f"{address}/#/experiments/{one.experiment_id}/runs") for one in named
+    ]
+    if len(named) > _EXPERIMENTS_SHOWN:
+        links[_EXPERIMENTS_SHOWN:] = [("all others", f"{address}/#/experiments")]
     tunnel = f"ssh -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
     return [
         ("MLflow", f"{address}   (Ctrl-C ends it)"),
-        *((one.name, f"{address}/#/experiments/{one.experiment_id}/runs") for one in named),
+        *links,
         ("from elsewhere", tunnel),
         ("note", "whoever has an account on this host can open it"),
     ]

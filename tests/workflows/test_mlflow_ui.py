@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from cvae.errors import UserError
-from cvae.training.mlflow_store import create_store
+from cvae.training.mlflow_store import create_store, experiment_id
 from workflows import mlflow_ui
 
 
-def test_a_port_that_is_taken_is_nobodys_address() -> None:
+def test_a_port_that_is_taken_is_nobodys_address(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken.*make mlflow PORT="):
-            mlflow_ui._port([str(port)])
+            mlflow_ui.main([str(port)])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mlflow_ui, "_FIRST_PORT", port)
-            assert mlflow_ui._port([]) != port
+            assert mlflow_ui._port(None) != port
         assert mlflow_ui._listens(os.getpid(), port)
         idle = subprocess.Popen(["sleep", "60"])
         try:
@@ -34,9 +35,9 @@ def test_a_port_that_is_taken_is_nobodys_address() -> None:
             pytest.raises(UserError, match="does not serve"),
         ):
             mlflow_ui._wait_for(failing, port)
-    for odd in ("x", "0", "70000", "-1"):
-        with pytest.raises(UserError, match="PORT="):
-            mlflow_ui._port([odd])
+    for odd in ("x", "0", "70000", "²", "9" * 5000, ""):
+        with pytest.raises(UserError, match=r"PORT=.{,60}: a port is"):
+            mlflow_ui.main([odd])
 
 
 def test_no_password_is_on_the_servers_command_line(
@@ -63,3 +64,16 @@ def test_the_default_experiment_keeps_its_files_beside_the_store(
         connection.close()
     assert found == [("Default", (home / "mlruns" / "0").as_uri())]
     assert list(elsewhere.iterdir()) == []
+
+    # Filled, each of its experiments has a link, up to a number that a screen holds.
+    uri = f"sqlite:///{home / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    for number in range(9):
+        experiment_id(client, f"☃ {number}/\x1b[2J", uri)
+        facts = mlflow_ui._facts(uri, 5001)
+        links = dict(facts[1:-2])
+        newest = [f"☃ {one}/\\x1b[2J" for one in range(number, max(-1, number - 8), -1)]
+        assert list(links) == newest + ["all others"] * (number > 7)
+        for one, link in enumerate(list(links.values())[:8]):
+            made = client.get_experiment_by_name(f"☃ {number - one}/\x1b[2J")
+            assert link == f"http://127.0.0.1:5001/#/experiments/{made.experiment_id}/runs"

@@ -17,7 +17,7 @@ from cvae.paths import PROJECT_ROOT
 from cvae.training import journal
 from slurm import queue, tries
 from slurm.client import JobState
-from workflows.follow import DETACHED, FAILED, FINISHED, STOPPED
+from workflows.follow import DETACHED, FAILED, FINISHED, STOPPED, open_mlflow
 from workflows.run_state import newest_step, total_steps
 from workflows.sweeps import mirror
 from workflows.sweeps.config import Sweep, with_values
@@ -201,7 +201,7 @@ def ending(sweep: SweepDirectory, trials: list[Trial], job: JobState) -> str:
             facts.append(("why", told_tries[-1].why))
         facts.append(("logs", str(sweep.logs)))
         facts.append(("continue", f"python workflows/sweep.py --resume {sweep.name}"))
-    mlflow = f"make mlflow, and look at the runs of the parent {sweep.name}"
+    mlflow = f"{open_mlflow()}\nits runs stand below the parent {sweep.name}"
     if late := mirror.behind(sweep):
         mlflow += f"\n{count(late, 'run')} behind: python workflows/runs.py sync {sweep.name}"
     facts.append(("MLflow", mlflow))
