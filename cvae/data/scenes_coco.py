@@ -82,15 +82,16 @@ def _draw(root: Path, ids: dict[str, range], infos: dict[str, dict[str, Any]], s
             done = root / "parts" / f"{folder}-{start // _PART:05}"
             parts.append(_Part(root / folder, ids[name][start : start + _PART], seed, done))
     todo = [part for part in parts if not part.done.exists()]
-    if not todo:
-        return
-    total = sum(len(part.ids) for part in parts)
-    done_before = total - sum(len(part.ids) for part in todo)
-    with progress_bar(total, "image", "scenes: draw", done_before) as bar:
-        run_parallel(_draw_part, todo, bar)
+    if todo:
+        total = sum(len(part.ids) for part in parts)
+        done_before = total - sum(len(part.ids) for part in todo)
+        with progress_bar(total, "image", "scenes: draw", done_before) as bar:
+            run_parallel(_draw_part, todo, bar)
     for name, folder in SPLITS.items():
-        annotations = json.dumps(_annotations(ids[name], infos[name], seed))
-        write_atomically(root / "annotations" / f"captions_{folder}.json", annotations)
+        file = root / "annotations" / f"captions_{folder}.json"
+        # A process that is killed after its last picture has not written them yet.
+        if todo or not file.exists():
+            write_atomically(file, json.dumps(_annotations(ids[name], infos[name], seed)))
 
 
 def _draw_part(part: _Part) -> int:

@@ -1,5 +1,7 @@
 import re
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +143,25 @@ def test_the_demo_goes_the_way_of_coco(
     assert contents(path) == before
     assert contents(root) == pictures
     assert (root / "train2017" / "000000000001.jpg").stat().st_mtime_ns == kept
+
+
+def test_killed_between_the_last_picture_and_the_captions(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, ids = home / "scenes-coco", {"train": range(1, 3), "val": range(3, 4)}
+    infos = {name: scenes_coco._info(0, len(ids[name])) for name in ids}
+    monkeypatch.setattr(
+        scenes_coco, "run_parallel", lambda function, tasks, bar: [*map(function, tasks)]
+    )
+    draw = partial(scenes_coco._draw, root, ids, infos, 0)
+    root.mkdir()
+    draw()
+    for name in ("train2017", "val2017"):
+        file = root / "annotations" / f"captions_{name}.json"
+        whole = file.read_bytes()
+        file.unlink()
+        draw()
+        assert file.read_bytes() == whole
 
 
 def test_pictures_are_of_the_size_that_is_promised() -> None:
