@@ -28,8 +28,16 @@ def sweeps_dir() -> Path:
 
 
 def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, else an SQLite file in home(), where a bare `mlflow ui` finds it too."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    """$MLFLOW_TRACKING_URI, else an SQLite file in home(), where a bare `mlflow ui` finds it too.
+
+    Raises UserError if no URI can name that file.
+    """
+    if set_by_hand := os.environ.get("MLFLOW_TRACKING_URI"):
+        return set_by_hand
+    if "?" in str(home()):
+        # What follows is the URI's query: the store would be another file, in another folder.
+        raise UserError(f"{home()}: MLflow cannot keep its store in a folder with '?' in its name")
+    return f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def printable(name: str) -> str:

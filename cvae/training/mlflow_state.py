@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class State:
     run_id: str | None = None
     offset: Annotated[int, Field(ge=0)] = 0
     """Bytes of the journal that MLflow has acknowledged."""
+    folder: str = ""
+    """The folder whose state this is; it was not written down at first."""
 
 
 _STATE = TypeAdapter(State)
@@ -40,12 +43,29 @@ def load(run_dir: Path) -> State:
 
     Raises UserError if the file is damaged.
     """
-    file = run_dir / STATE_FILE
-    if (there := json_file.load(file, _STATE)) is not None:
-        return there
-    state = State(without_password(paths.tracking_uri()), uuid.uuid4().hex)
-    save(run_dir, state)
+    state = _read(run_dir)
+    if state is None:
+        state = State(without_password(paths.tracking_uri()), uuid.uuid4().hex)
+    if state.folder != (folder := os.path.realpath(run_dir)):
+        state.folder = folder
+        save(run_dir, state)
     return state
+
+
+def _read(run_dir: Path) -> State | None:
+    """Returns the state; None for a run that MLflow does not know, as the copy of another run's folder is.
+
+    Two runs that go on from one folder are not one run in MLflow. A folder that was moved keeps its run.
+    """
+    state = json_file.load(run_dir / STATE_FILE, _STATE)
+    if state is None or state.folder in ("", os.path.realpath(run_dir)):
+        return state
+    try:
+        first = json_file.load(Path(state.folder, STATE_FILE), _STATE)
+        copied = not os.path.samefile(state.folder, run_dir)
+    except (OSError, UserError):
+        return state
+    return None if copied and first and first.run_dir_id == state.run_dir_id else state
 
 
 def save(run_dir: Path, state: State) -> None:
@@ -54,7 +74,7 @@ def save(run_dir: Path, state: State) -> None:
 
 def behind(run_dir: Path) -> int:
     """Returns how many journal lines MLflow does not have yet. Raises UserError if mlflow.json is damaged."""
-    there = json_file.load(run_dir / STATE_FILE, _STATE)
+    there = _read(run_dir)
     offset = 0 if there is None else there.offset
     return sum(1 for _ in journal.read_each(run_dir / JOURNAL_FILE, offset))
 

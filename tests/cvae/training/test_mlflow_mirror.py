@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 from PIL import Image
 
 from analysis import tracking
+from cvae import paths
 from cvae.errors import UserError
-from cvae.training import mlflow_mirror
+from cvae.training import mlflow_mirror, mlflow_state
 from cvae.training.journal import Journal
 from cvae.training.mlflow_mirror import behind, newest_word, start_mirror, sync
 
@@ -236,6 +238,34 @@ def test_a_run_deleted_in_mlflow_is_pushed_anew(home: Path) -> None:
     assert points(home / "mlflow.db", run) == each_once(1, 2, 3)
 
 
+def test_a_copy_of_a_run_is_another_run_and_a_moved_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CVAE_HOME", str(tmp_path))
+    run, copy = Run(tmp_path, "original"), tmp_path / "runs" / "copy"
+    run.steps(1, 2)
+    state = mlflow_state.load(run.path)
+    state.run_id, state.offset = "1", (run.path / "journal.jsonl").stat().st_size
+    mlflow_state.save(run.path, state)
+    shutil.copytree(run.path, copy)
+    (tmp_path / "runs" / "link").symlink_to(run.path)
+    assert [behind(folder) for folder in (run.path, tmp_path / "runs" / "link", copy)] == [0, 0, 3]
+    anew = mlflow_state.load(copy)
+    assert (anew.run_id, anew.offset) == (None, 0)
+    assert anew.run_dir_id != state.run_dir_id
+    assert mlflow_state.load(run.path) == state
+    moved = run.path.rename(tmp_path / "runs" / "moved")
+    assert mlflow_state.load(moved).run_id == "1"
+    assert mlflow_state.load(copy) == anew
+
+
+def test_an_older_runs_state_is_still_read(tmp_path: Path) -> None:
+    run = Run(tmp_path, "older")
+    older = {"tracking_uri": "sqlite:///x", "run_dir_id": "a", "run_id": "1", "offset": 3}
+    (run.path / "mlflow.json").write_text(json.dumps(older))
+    assert mlflow_state.load(run.path).run_id == "1"
+
+
 def test_what_mlflow_refuses_holds_up_nothing_else(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -367,3 +397,10 @@ def test_trouble_with_the_mirror_is_no_trouble_for_the_run(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert start_mirror(run.path).finish(5) == 1
     assert "no MLflow mirror" in caplog.text
+
+
+def test_a_home_that_no_uri_can_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("CVAE_HOME", str(tmp_path / "what?"))
+    with pytest.raises(UserError, match=r"what\?: MLflow cannot keep its store in a folder with"):
+        paths.tracking_uri()
