@@ -18,7 +18,7 @@ from cvae.data.building import (
     save_array,
     write_array,
 )
-from cvae.data.coco_annotations import Annotations, printable, read_annotations
+from cvae.data.coco_annotations import Annotations, read_annotations
 from cvae.data.decoding import RESIZE, ImageParts
 from cvae.data.embedding import CaptionParts
 from cvae.data.filling import Plan
@@ -34,7 +34,7 @@ from cvae.data.store import (
 )
 from cvae.data.text import MINILM, TextEncoder, load_encoder
 from cvae.errors import UserError
-from cvae.paths import write_atomically
+from cvae.paths import printable, write_atomically
 
 SPLITS = {"train": "train2017", "val": "val2017"}
 MAX_SIZE = 1024
@@ -197,7 +197,7 @@ def check_enough(annotations: Annotations, images: Path) -> None:
     if len(absent) == len(annotations.images):
         raise UserError(
             f"none of the {len(absent)} images of {annotations.file} is in {images}: are these the "
-            f"captions of another split? They are of {absent[0]} and others, as the folder holds "
+            f"captions of another split? They are of {printable(absent[0])} and others, as the folder holds "
             f"{printable(min(there, default='nothing'))}"
         )
     skipped = [Skipped(file=name, reason="file is absent") for name in absent]

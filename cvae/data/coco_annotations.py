@@ -10,6 +10,7 @@ from typing import Any
 
 from cvae.data.store import Skipped, file_sha256
 from cvae.errors import UserError
+from cvae.paths import printable
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _ID_LIMIT = 2**63  # ids become int64
@@ -68,11 +69,6 @@ def read_annotations(root: Path, folder: str) -> Annotations:
         info=_info(path, content),
         sha256=file_sha256(path),
     )
-
-
-def printable(name: str) -> str:
-    """A file's name as the manifest, which is UTF-8, can hold it: bytes that are no UTF-8 become escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _info(path: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cvae.data.rows import LARGE, RowReader
 from cvae.data.verified import Verified, file_sha256
 from cvae.errors import UserError
-from cvae.paths import data_dir
+from cvae.paths import data_dir, printable
 
 __all__ = ["FileEntry", "Manifest", "Store", "file_sha256", "open_store"]
 
@@ -51,12 +51,16 @@ class FileEntry(BaseModel):
     sha256: Sha256
 
 
+# Names of files may hold line breaks and what a terminal takes for orders.
+_Printable = Annotated[str, AfterValidator(printable)]
+
+
 class Skipped(BaseModel):
     """Something of the source that is not in the store: an image file, or one of its captions."""
 
     model_config = ConfigDict(extra="forbid")
-    file: str
-    reason: str
+    file: _Printable
+    reason: _Printable
 
 
 class SplitManifest(BaseModel):

@@ -201,7 +201,8 @@ def test_a_source_without_any_usable_caption_is_refused(root: Path, caption: obj
         read_annotations(root, "val2017")
 
 
-def test_names_that_are_not_utf8_are_listed_as_escapes(root: Path) -> None:
-    (root / "val2017" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(b"")
-    (skipped,) = read_annotations(root, "val2017").skipped_images
-    assert skipped.file == r"\xff\xfe.jpg"
+def test_names_that_cannot_be_printed_are_listed_as_escapes(root: Path) -> None:
+    for name in (b"\xff\xfe.jpg", b"a\nb\x1b[2J.jpg"):
+        (root / "val2017" / os.fsdecode(name)).write_bytes(b"")
+    names = [skipped.file for skipped in read_annotations(root, "val2017").skipped_images]
+    assert names == [r"a\nb\x1b[2J.jpg", r"\xff\xfe.jpg"]
