@@ -142,12 +142,16 @@ def _name(step: int) -> str:
 
 
 def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
-    """Raises ValueError saying what is damaged. parts: those wanted; all where empty."""
+    """Raises ValueError saying what is damaged. parts: those wanted; if empty, all that a run goes on from."""
     try:
         state = json.loads((folder / _STATE).read_text())
         digests: dict[str, str] = state.pop("sha256")
         if digests.pop(_STATE) != _state_sha256(state):
             raise ValueError(f"the checksum of {_STATE} does not match")
+        there = {file.name for file in folder.glob("*.safetensors")}
+        needed = {f"{part}.safetensors" for part in parts or ("model", "optimizer")}
+        if unlisted := sorted((there | needed) - digests.keys()):
+            raise ValueError(f"{_STATE} has no checksum of {unlisted[0]}")
         tensors = {}
         for name, digest in digests.items():
             part = name.removesuffix(".safetensors")
@@ -163,6 +167,7 @@ def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
         KeyError,
         AttributeError,
         TypeError,
+        RecursionError,
         SafetensorError,
         json.JSONDecodeError,
     ) as error:

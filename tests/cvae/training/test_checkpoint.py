@@ -45,7 +45,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove", "unlist", "brackets"])
 def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path, file: str, harm: str) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, snapshot(step), keep=3, best=False)
@@ -55,6 +55,12 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path: Path, file: str, ha
         path.write_bytes(content[:-4] + bytes([content[-4] ^ 16]) + content[-3:])
     elif harm == "remove":
         path.unlink()
+    elif harm == "brackets":
+        path.write_bytes(b"[" * 100_000)
+    elif harm == "unlist":
+        state = json.loads((path.parent / "state.json").read_text())
+        del state["sha256"][file]
+        (path.parent / "state.json").write_text(json.dumps(state))
     else:
         path.write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
     warnings: list[str] = []

@@ -14,7 +14,8 @@ from cvae.training.saver import Saver
 
 
 def snapshot(step: int, weights: torch.Tensor) -> Snapshot:
-    return Snapshot({"model": {"w": weights}}, {"step": step, "best_val_loss": 1.0})
+    tensors = {"model": {"w": weights}, "optimizer": {"m.w": weights}}
+    return Snapshot(tensors, {"step": step, "best_val_loss": 1.0})
 
 
 class SlowDisk:
