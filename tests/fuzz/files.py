@@ -2,7 +2,7 @@
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -30,11 +30,15 @@ def _shipped(folder: str, cache: dict[str, list[dict[str, Any]]] = {}) -> list[d
     return cache[folder]
 
 
-def _made(
-    draw: random.Random, folder: str, model: type[yaml_model.Strict]
-) -> tuple[bytes, list[str]]:
-    """The bytes of a file, and overrides."""
-    tree = yaml.safe_load(yaml.safe_dump(draw.choice(_shipped(folder))))
+class _Made(NamedTuple):
+    file: Path
+    overrides: list[str]
+    shown: str
+
+
+def _made(draw: random.Random, folder: Path, kind: str, model: type[yaml_model.Strict]) -> _Made:
+    """Writes a file that is like one of those in configs/<kind>, and makes overrides."""
+    tree = yaml.safe_load(yaml.safe_dump(draw.choice(_shipped(kind))))
     keys = list(yaml_model.known_keys(model))
     for _ in range(draw.choice([0, 1, 1, 1, 2, 3])):
         odd.mutate(draw, tree, keys)
@@ -43,14 +47,15 @@ def _made(
         f"{draw.choice([*own, 'x', '', '.', 'a.b.c', 'model.x', '+seed', 'k' * 300])}={odd.value(draw)}"
         for _ in range(draw.choice([0, 0, 0, 1, 2]))
     ]
-    return odd.damage(draw, odd.text_of(tree)), overrides
+    content = odd.damage(draw, odd.text_of(tree))
+    file = folder / "made.yaml"
+    file.write_bytes(content)
+    return _Made(file, overrides, f"{content[:3000]!r} {[word[:300] for word in overrides]}")
 
 
 @target("experiments")
 def experiments(draw: random.Random, folder: Path) -> Case:
-    content, overrides = _made(draw, "", Experiment)
-    file = folder / "e.yaml"
-    file.write_bytes(content)
+    file, overrides, shown = _made(draw, folder, "", Experiment)
 
     def read() -> None:
         experiment = load_experiment(file, overrides)
@@ -66,7 +71,7 @@ def experiments(draw: random.Random, folder: Path) -> Case:
         run = RunDirectory.create(name, experiment, folder)
         assert run.experiment() == experiment, "another one in the run's folder"
 
-    return Case(f"{content[:3000]!r} {[word[:300] for word in overrides]}", read)
+    return Case(shown, read)
 
 
 @target("models")
@@ -111,9 +116,7 @@ def models(draw: random.Random, folder: Path) -> Case:
 
 @target("clusters")
 def clusters(draw: random.Random, folder: Path) -> Case:
-    content, _ = _made(draw, "clusters", ClusterConfig)
-    file = folder / "c.yaml"
-    file.write_bytes(content)
+    file, _, shown = _made(draw, folder, "clusters", ClusterConfig)
 
     def read() -> None:
         config = yaml_model.load(file, ClusterConfig)
@@ -124,14 +127,12 @@ def clusters(draw: random.Random, folder: Path) -> Case:
             assert name.isidentifier(), f"an environment variable {name!r}"
             assert "\0" not in text, "a NUL in the environment"
 
-    return Case(f"{content[:3000]!r}", read)
+    return Case(shown, read)
 
 
 @target("sweeps")
 def sweeps(draw: random.Random, folder: Path) -> Case:
-    content, overrides = _made(draw, "sweeps", Sweep)
-    file = folder / "s.yaml"
-    file.write_bytes(content)
+    file, overrides, shown = _made(draw, folder, "sweeps", Sweep)
 
     def read() -> None:
         loaded = load_sweep(file, overrides, PROJECT_ROOT)
@@ -143,4 +144,4 @@ def sweeps(draw: random.Random, folder: Path) -> Case:
         }
         with_values(loaded.experiment, first)
 
-    return Case(f"{content[:3000]!r} {[word[:300] for word in overrides]}", read)
+    return Case(shown, read)

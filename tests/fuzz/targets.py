@@ -1,7 +1,7 @@
 """All targets: importing a module of them registers them."""
 
-from tests.fuzz import command_lines, files, stores
+from tests.fuzz import coco, command_lines, exports, files, run_folders, stores
 from tests.fuzz.frame import TARGETS
 
 ALL = [*TARGETS]
-__all__ = ["ALL", "command_lines", "files", "stores"]
+__all__ = ["ALL", "coco", "command_lines", "exports", "files", "run_folders", "stores"]
