@@ -1,7 +1,10 @@
 """A run's model, back from a real MLflow store."""
 
 import json
+import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -19,6 +22,7 @@ from cvae.sampling import load, load_run
 from cvae.training import mlflow_state
 from cvae.training.journal import Journal
 from cvae.training.mlflow_push import Pusher
+from tests.conftest import PROJECT_ROOT
 from tests.trained import encode_with, make_run
 
 
@@ -64,12 +68,29 @@ def test_classes_in_images_out(tiny_store: Path) -> None:
 
 
 def test_captions_in_images_out(
-    tiny_captioned_store: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_captioned_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     encode_with(tiny_captioned_store)
     run = make_run(captioned=True, encoder="minilm")
     model = mlflow.pyfunc.load_model(f"runs:/{logged(run)}/model")
     captions = ["a red bus on a street", "two dogs 🐕"]
+    # As README shows it, in a folder of the person's own.
+    (snippet,) = re.findall(
+        r"\n((?:    .*\n)*    .*pyfunc.*\n(?:    .*\n)*)", (PROJECT_ROOT / "README.md").read_text()
+    )
+    for shown, meant in {
+        "sqlite:////folder/of/this/checkout/mlflow.db": paths.tracking_uri(),
+        "<run id>": str(mlflow_state.load(run.path).run_id),
+    }.items():
+        assert shown in snippet
+        snippet = snippet.replace(shown, meant)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    told: dict[str, Any] = {}
+    exec(textwrap.dedent(snippet), told)
+    assert np.array_equal(told["images"], load_run(run).draw(captions[:1], 8))
+    assert list(Path().iterdir()) == []
     loads: list[str] = []
 
     def counted(name: str, precision: Precision) -> TextEncoder:

@@ -1,5 +1,6 @@
 """The mirror against a real `mlflow server` on loopback, which is stopped and cut off."""
 
+import base64
 import contextlib
 import logging
 import os
@@ -78,11 +79,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
-class Cutter:
-    """A proxy that passes requests on and cuts the connection instead of answering, now and then."""
+class Proxy:
+    """Passes requests on. With a login it refuses those without; else it cuts connections instead of answering."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, login: str | None = None) -> None:
         self._target = port
+        self._login = login and base64.b64encode(login.encode())
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.cut: list[bytes] = []
@@ -104,6 +106,9 @@ class Cutter:
         length = re.search(rb"(?i)content-length: (\d+)", head)
         while length and len(body) < int(length[1]):
             body += client.recv(65536)
+        if self._login and f"Basic {self._login.decode()}".encode() not in head:
+            client.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 4\r\n\r\nwho?")
+            return
         # One request a connection, so that the end of the answer is the end of the connection.
         head = re.sub(rb"(?i)connection: [^\r]*", b"Connection: close", head)
         server.sendall(head + b"\r\n\r\n" + body)
@@ -113,7 +118,7 @@ class Cutter:
         line = head.partition(b"\r\n")[0]
         call = line.split(b"?")[0]
         self._seen[call] = self._seen.get(call, 0) + 1
-        if not line.startswith(b"GET") and self._seen[call] % 3 == 1:
+        if self._login is None and not line.startswith(b"GET") and self._seen[call] % 3 == 1:
             self.cut.append(line)
         else:
             client.sendall(answer)
@@ -123,7 +128,7 @@ def test_a_connection_cut_after_the_server_has_done_it(
     server: Server, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.wait()
-    cutter = Cutter(server.port)
+    cutter = Proxy(server.port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{cutter.port}")
     run = Run(home, "cut")
     run.steps(*range(1, 700))
@@ -145,6 +150,43 @@ def test_a_connection_cut_after_the_server_has_done_it(
     assert (shown.info.status, len(shown.inputs.dataset_inputs)) == ("FINISHED", 1)
     found = client.search_runs([shown.info.experiment_id], "attributes.run_name = 'cut'")
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("way", ["address", "variables"])
+def test_a_password_opens_the_server_and_is_written_nowhere(
+    server: Server,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+) -> None:
+    server.wait()
+    host = f"127.0.0.1:{Proxy(server.port, login='ann:s3cr3tpw').port}"
+    run = Run(home, f"secret by {way}")
+    run.steps(1, 2)
+    run.picture(2)
+    run.end()
+
+    def log_in(password: str) -> None:
+        if way == "address":
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:{password}@{host}")
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{host}")
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+
+    log_in("wr0ngpw")
+    with pytest.raises(UserError, match=r"does not take the run.*401") as caught:
+        sync(run.path, lambda lines: None)
+    assert "wr0ngpw" not in str(caught.value)
+    log_in("s3cr3tpw")
+    with caplog.at_level(logging.DEBUG, logger="cvae"):
+        sync(run.path, lambda lines: None)
+    assert points(server.database, run) == each_once(1, 2)
+    forms = [b"s3cr3tpw", b"wr0ngpw", base64.b64encode(b"ann:s3cr3tpw")]
+    files = [*home.rglob("*"), *server.folder.rglob("*")]
+    for content in [caplog.text.encode(), *(x.read_bytes() for x in files if x.is_file())]:
+        assert not [form for form in forms if form in content]
 
 
 def test_server_stopped_in_mid_run_and_started_again(
