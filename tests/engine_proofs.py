@@ -4,6 +4,7 @@ Several trainings go one after the other in the same processes (`python -m tests
 what each rank runs): starting processes would take longer than training.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -47,10 +49,14 @@ def plain(engine: str, likelihood: str = "bernoulli", **training: Any) -> dict[s
 
 
 def job(
-    name: str, start: int, stop: int, experiment: dict[str, Any], **files: str
+    name: str, start: int, stop: int, experiment: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """Steps start to stop. files: `load` and `save`, names of snapshots."""
-    return {"name": name, "start": start, "stop": stop, "experiment": experiment, **files}
+    """Steps start to stop.
+
+    more: `load` and `save`, names of snapshots; `spoil`, {step: what a number of the first rank's gradient becomes
+    in that step, and of the last rank's}, still scaled and before any rank has heard of the other's.
+    """
+    return {"name": name, "start": start, "stop": stop, "experiment": experiment, **more}
 
 
 def run_jobs(
@@ -98,8 +104,23 @@ def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         )
 
     engine.settle(batch(asked["start"]))
+    spoilt: list[float] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        if not spoilt:
+            return None
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = spoilt.pop()
+        return gradient
+
+    if "spoil" in asked:
+        next(model.parameters()).register_hook(spoil)
     for step in range(asked["start"], asked["stop"]):
         lr = learning_rate(experiment.optimizer, step, 1000)
+        for rank, value in zip(
+            (0, ranks.world_size - 1), asked.get("spoil", {}).get(str(step), ()), strict=False
+        ):
+            spoilt[:] = [value] if ranks.rank == rank else spoilt
         sums = engine.step(batch(step), lr, kl_weight(experiment.model, step))
         losses.append(float(ranks.sum(sums[:3].clone())[2]))
         norms.append(float(sums[3]))
@@ -109,7 +130,17 @@ def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         for part, tensors in snapshot.tensors.items():
             save_file(tensors, folder / f"{asked['save']}.{part}.safetensors")
         (folder / f"{asked['save']}.json").write_text(json.dumps(snapshot.state))
-    return {"losses": losses, "norms": norms, "val": val["loss"], "state": snapshot.state}
+    weights = b"".join(
+        _bits(w).cpu().numpy().tobytes() for w in engine.eval_model.state_dict().values()
+    )
+    own = [np.isfinite(norms).tolist(), snapshot.state, hashlib.sha256(weights).hexdigest()]
+    return {
+        "losses": losses,
+        "norms": norms,
+        "val": val["loss"],
+        "state": snapshot.state,
+        "agree": len(set(ranks.gather(json.dumps(own)))) == 1,
+    }
 
 
 def load(path: Path) -> Snapshot:

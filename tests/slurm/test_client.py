@@ -78,7 +78,9 @@ def test_a_queue_that_refuses_the_list_for_one_job_is_asked_one_by_one(site: Sit
 
 
 def test_no_answer_is_no_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(Slurm._run.__kwdefaults__, "timeout", 0.1)
+    monkeypatch.setattr(
+        Slurm._run, "__kwdefaults__", {"stdin": None, "timeout": 0.1, "both": False}
+    )
     site.says("squeue", "*) exec sleep 5;;")
     started = time.monotonic()
     states = Slurm(None).jobs(["12", "13"])

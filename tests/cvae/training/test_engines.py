@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             experiment = plain(engine, **options)
             jobs.append(job(engine, 0, 12, experiment, save=engine))
             jobs.append(job(f"{engine} half", 0, 6, experiment, save=f"{engine} half"))
-            jobs.append(job(f"{engine} fp16", 0, 12, _overflowing(engine)))
+            jobs.append(job(f"{engine} fp16", 0, 12, _overflowing(engine), spoil=_SPOILT))
         for before, after in [*zip(_STAGES, _STAGES, strict=True), *_MOVES]:
             name = f"{before} > {after}"
             jobs.append(job(name, 6, 12, plain(after, **options), load=f"{before} half", save=name))
@@ -49,7 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             for engine in _STAGES
         ]
         alone += [
-            job(f"{engine} fp16 alone", 0, 12, _overflowing(engine)) for engine in ("DDP", *_STAGES)
+            job(f"{engine} fp16 alone", 0, 12, _overflowing(engine), spoil=_SPOILT_ALONE)
+            for engine in ("DDP", *_STAGES)
         ]
         said = found["said"]
         found |= engine_proofs.run_jobs(folder, 1, alone)
@@ -64,6 +65,12 @@ def _overflowing(engine: str) -> dict[str, Any]:
     return experiment
 
 
+_INF = float("inf")
+# What a number of the first and the last rank's gradient becomes: one's own sum has overflowed and the other's has
+# not; theirs have in opposite directions; only the sum of both is beyond fp16; it is not quite.
+_SPOILT = {6: (_INF, 0.0), 8: (_INF, -_INF), 9: (4e4, 4e4), 10: (3e4, 3e4)}
+_SPOILT_ALONE = {6: (_INF,), 8: (float("nan"),), 9: (8e4,), 10: (6e4,)}
+_FINITE = [step in (5, 7, 10, 11) for step in range(12)]
 _MOVES = [("DDP", "ZeRO 2"), ("ZeRO 2", "DDP"), ("ZeRO 3", "ZeRO 1"), ("ZeRO 1", "ZeRO 3")]
 
 
@@ -82,19 +89,22 @@ def test_each_overflow_costs_one_update_and_half_the_scale(
 ) -> None:
     ddp, zero = trained[1]["DDP fp16"], trained[1][f"{stage} fp16"]
     assert ddp["norms"][0] == zero["norms"][0] == float("inf")
-    assert zero["norms"] == pytest.approx(ddp["norms"], rel=1e-3)
+    norms = [np.nan_to_num(one["norms"], nan=np.inf) for one in (ddp, zero)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # inf - inf is inf to DeepSpeed
     assert zero["losses"] == pytest.approx(ddp["losses"], rel=1e-3)
     assert zero["state"] == ddp["state"]
-    assert zero["state"]["loss_scale"]["scale"] == 2**11
+    assert zero["state"]["loss_scale"]["scale"] == 2**8
 
 
 @pytest.mark.parametrize("engine", ["DDP", *_STAGES])
 def test_fp16_skips_the_same_updates_on_any_number_of_ranks(
     trained: tuple[Path, dict[str, Any]], engine: str
 ) -> None:
+    """One rank's own overflow costs all of them the update; so does one that only the sum has."""
     three, one = trained[1][f"{engine} fp16"], trained[1][f"{engine} fp16 alone"]
-    assert np.isfinite(three["norms"]).tolist() == [False] * 5 + [True] * 7
-    assert np.isfinite(one["norms"]).tolist() == [False] * 5 + [True] * 7
+    assert three["agree"]  # about norms, scale and, to the bit, averaged weights
+    assert np.isfinite(three["norms"]).tolist() == _FINITE
+    assert np.isfinite(one["norms"]).tolist() == _FINITE
     assert one["losses"] == pytest.approx(three["losses"], rel=1e-3)
     assert one["state"] == three["state"]
 
