@@ -1,5 +1,6 @@
 """A run is a function of (experiment, seed): not of ranks, accumulation, kills or signals."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from cvae.training.ema import update_average
 from cvae.training.ranks import Ranks
 from cvae.training.train import Outcome, train
 from tests import ranks
-from tests.conftest import tiny_experiment, write_store
+from tests.conftest import PROJECT_ROOT, tiny_experiment, write_store
 
 
 @pytest.fixture(autouse=True)
@@ -364,3 +365,19 @@ def test_no_step_waits_for_a_vote_of_its_own(
     first = order.index("step") - 1
     assert order[first : first + 15] == ["asked", "step", "answered"] * 5
     assert order.count("asked") == order.count("answered")
+
+
+def test_a_run_of_an_older_version_goes_on(tiny_store: Path, home: Path) -> None:
+    """Two ranks of commit 0e448e0 trained six steps; one rank of that commit went on to step 9 like this."""
+    run = RunDirectory(home / "runs" / "old")
+    shutil.copytree(PROJECT_ROOT / "tests" / "data" / "run_of_two_ranks", run.path)
+    text = run.experiment_file.read_text()
+    run.experiment_file.write_text(text.replace("max_steps: 6\n", "max_steps: 9\n"))
+    assert train(run.path, mirrored=False).status == "finished"
+    losses = [178.82058715820312, 178.45895385742188, 178.5535125732422]
+    assert ranks.losses(run)[6:] == pytest.approx(losses, rel=1e-6)
+    evaluated = ranks.lines(run, "epoch")[-1]
+    assert evaluated["step"] == 9
+    assert evaluated["metrics"]["val/loss"] == pytest.approx(
+        179.03402095040684, rel=1e-6
+    )  # averaged weights
