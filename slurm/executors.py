@@ -103,7 +103,8 @@ def _to_slurm(what: Job, config: ClusterConfig, placement: Placement) -> str:
     inside: AbstractContextManager[Any] = (
         clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     )
-    environment = {**config.slurm().environment, **what.env, **_secrets(what, config)}
+    secrets = _secrets(what, config)
+    environment = {**config.slurm().environment, **what.env, **secrets, **_let_through(secrets)}
     try:
         with inside, environment_variables(**environment):
             return str(executor.submit(job.run, what.target, *what.arguments).job_id)
@@ -180,6 +181,15 @@ def _secrets(what: Job, config: ClusterConfig) -> dict[str, str]:
     """Variables with a password in them: sbatch hands on the environment, a script could be read by everybody."""
     env = _environment(what, config)
     return {key: value for key, value in env.items() if holds_password(key, value)}
+
+
+def _let_through(secrets: Mapping[str, str]) -> dict[str, str]:
+    """Returns SBATCH_EXPORT with the secrets' names, if sbatch would withhold them as a person has set it."""
+    chosen = os.environ.get("SBATCH_EXPORT", "ALL").split(",")
+    if not secrets or "ALL" in map(str.upper, chosen):
+        return {}
+    named = [name for name in chosen if name.upper() not in ("NONE", "NIL")]
+    return {"SBATCH_EXPORT": ",".join([*named, *secrets])}
 
 
 def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> str:

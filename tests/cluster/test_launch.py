@@ -26,6 +26,8 @@ from workflows import launch, runs
 
 pytestmark = pytest.mark.cluster
 STEPS, PART = 240, 180
+# With a password it stands in no script.
+URI = "http://me:secret@cvae-host:9"
 
 
 def until(condition: Callable[[], object], seconds: float = 180) -> None:
@@ -59,11 +61,17 @@ def place(cluster: Cluster) -> Place:
 
 def submit(function: str, folder: Path, place: Place) -> Submission:
     target = f"tests.slurm.targets:{function}"
-    job = Job("test", folder, target, (folder,), {"PYTHONPATH": str(PROJECT_ROOT)})
+    env = {"PYTHONPATH": str(PROJECT_ROOT), "MLFLOW_TRACKING_URI": URI}
+    job = Job("test", folder, target, (folder,), env)
     return executors.submit(job, place, Placement(2, 2), gpus=4)
 
 
-def test_ranks_are_told_their_place(place: Place, tmp_path: Path) -> None:
+def test_ranks_are_told_their_place(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a person's settings have jobs, and their steps, begin without the shell's environment."""
+    for name in ("SBATCH_EXPORT", "SLURM_EXPORT_ENV"):
+        monkeypatch.setenv(name, "NONE")
     submission = submit("report", tmp_path, place)
     until(lambda: not queue.look(submission).alive)
     told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
@@ -73,6 +81,7 @@ def test_ranks_are_told_their_place(place: Place, tmp_path: Path) -> None:
         assert (facts["WORLD_SIZE"], facts["LOCAL_WORLD_SIZE"]) == ("4", "2")
         assert facts["MASTER_ADDR"] == "cvae-node1"
         assert facts["cpus"] == "2"
+        assert facts["MLFLOW_TRACKING_URI"] == URI
         # All of its node's GPUs, not just the one of its local rank.
         assert len(facts["CUDA_VISIBLE_DEVICES"].split(",")) == 2
     assert len({facts["MASTER_PORT"] for facts in told}) == 1
@@ -140,6 +149,7 @@ def test_what_slurm_says_is_asked_before_anything_is_written(
     assert not (home / "runs").exists()
 
 
+@pytest.mark.usefixtures("names_at_loopback")
 def test_preflight_of_two_nodes(
     cluster: Cluster, tiny_store: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ class Result(NamedTuple):
 
 def report(folder: Path) -> None:
     facts = {name: os.environ.get(name) for name in (*VARIABLES, "COLOUR", "CUDA_VISIBLE_DEVICES")}
+    facts["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI")
     facts["cpus"] = os.environ.get("SLURM_CPUS_PER_TASK")
     facts["session"] = str(os.getsid(0))
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(facts))

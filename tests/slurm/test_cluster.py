@@ -291,3 +291,23 @@ def test_the_sbatch_script(tmp_path: Path) -> None:
     assert not (tmp_path / "log folder").exists()
     # What is in quotes above is quoted for a shell.
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "handed_on"),
+    [
+        (None, {}),
+        ("all,X", {}),
+        ("NONE", {"SBATCH_EXPORT": "MLFLOW_TRACKING_URI"}),
+        ("nil", {"SBATCH_EXPORT": "MLFLOW_TRACKING_URI"}),
+        ("X,Y", {"SBATCH_EXPORT": "X,Y,MLFLOW_TRACKING_URI"}),
+    ],
+)
+def test_a_person_who_exports_nothing_withholds_no_password(
+    chosen: str | None, handed_on: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SBATCH_EXPORT", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("SBATCH_EXPORT", chosen)
+    assert executors._let_through({"MLFLOW_TRACKING_URI": "http://a:b@c"}) == handed_on
+    assert executors._let_through({}) == {}
