@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+import submitit
 
 from cvae.errors import UserError
 from cvae.paths import write_atomically
+from cvae.training.network_interface import is_loopback, source_address
 from slurm.ray_files import private_folder, trouble
 
 # Not MLflow's address: trials write to their journals only, and whoever may look at Ray can read this.
 _TOLD = ("CVAE_HOME", "CVAE_CODE", "PYTHONPATH")
 # Beside Ray's files: why the driver has ended, in one line.
 PROBLEM = "problem.txt"
+_NODE_ADDRESS = "CVAE_RAY_NODE_ADDRESS"
 _HEAD_PATIENCE_S = 300.0  # a cold file system
 _POLL_S = 1.0
 # After SIGTERM: the trials save, then Ray ends.
@@ -77,6 +80,7 @@ def run(
     run while the driver runs, until its standard input ends. Raises RuntimeError where the driver ends badly.
     """
     node, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _set_node_address(node)
     stop = _Stop()
     meeting = folder / "ray_head"
     with private_folder() as ray_folder:
@@ -147,6 +151,7 @@ def connect() -> Iterator[float | None]:
             include_dashboard=False,
             object_store_memory=200 * 2**20,
             runtime_env=runtime,
+            _node_ip_address=os.environ.get(_NODE_ADDRESS),
             **quiet,
         )
         write_atomically(
@@ -180,6 +185,21 @@ def _count_nodes() -> None:
         _log.log(logging.INFO if joined == nodes else logging.WARNING, text)
 
 
+def _set_node_address(node: int) -> None:
+    """Has Ray take this node's address on the route to another node, if its own name leads to itself alone.
+
+    Without a way to the internet Ray would take what the name resolves to, on many systems 127.0.1.1.
+    """
+    if "SLURM_JOB_NODELIST" not in os.environ:
+        return
+    hosts = submitit.JobEnvironment().hostnames
+    with suppress(UserError, OSError):
+        if len(hosts) > 1 and is_loopback(socket.gethostbyname(socket.gethostname())):
+            address = source_address(hosts[1] if node == 0 else hosts[0])
+            if not is_loopback(address):
+                os.environ[_NODE_ADDRESS] = address
+
+
 def _environment(nodes: int, meeting: Path, ray_folder: Path) -> dict[str, str]:
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CVAE_RAY_MEETING": str(meeting)}
     environment["RAY_TMPDIR"] = str(ray_folder)
@@ -197,6 +217,8 @@ def _worker(meeting: Path, gpus: int, stop: _Stop, ray_folder: Path) -> None:
     slots = [f"--num-cpus={max(1, gpus)}", f"--num-gpus={gpus}", "--disable-usage-stats"]
     # Not the head's, which is a folder of the head's node.
     slots += ["--object-store-memory=200000000", f"--temp-dir={ray_folder / 'ray'}"]
+    if _NODE_ADDRESS in os.environ:
+        slots.append(f"--node-ip-address={os.environ[_NODE_ADDRESS]}")
     with open(ray_folder / "start.log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command, *slots],

@@ -7,25 +7,28 @@ no other host can reach it. NCCL leaves such addresses out by itself.
 import ipaddress
 import os
 import socket
+from typing import TYPE_CHECKING
 
 import psutil
-from torch.distributed.distributed_c10d import Store
 
 from cvae.errors import UserError
+
+if TYPE_CHECKING:  # torch takes a second, and a node that only lends itself to Ray needs none
+    from torch.distributed.distributed_c10d import Store
 
 
 def check_address(on_first_host: bool) -> None:
     """Raises UserError if MASTER_ADDR does not lead from this host to the first one."""
     host = os.environ["MASTER_ADDR"]
     own = source_address(host)
-    if not on_first_host and _is_loopback(own):
+    if not on_first_host and is_loopback(own):
         raise UserError(
             f"{socket.gethostname()}: MASTER_ADDR = {host} leads to this host itself ({own}); give {host} its"
             " address in /etc/hosts or DNS, or set MASTER_ADDR in the cluster file's env or setup"
         )
 
 
-def choose(store: Store, rank: int, world_size: int) -> None:
+def choose(store: "Store", rank: int, world_size: int) -> None:
     """Sets GLOO_SOCKET_IFNAME to the interface of the route to the first rank, unless the site has set it.
 
     The first host, whose own name may resolve to itself alone, takes the route to another host.
@@ -33,8 +36,8 @@ def choose(store: Store, rank: int, world_size: int) -> None:
     own = source_address(os.environ["MASTER_ADDR"])
     store.set(f"address {rank}", own)
     addresses = [store.get(f"address {other}").decode() for other in range(world_size)]
-    if _is_loopback(own):
-        others = [address for address in addresses if not _is_loopback(address)]
+    if is_loopback(own):
+        others = [address for address in addresses if not is_loopback(address)]
         own = source_address(others[0]) if others else own
     name = interface_of(own)
     if name is not None:
@@ -65,5 +68,5 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -2,10 +2,11 @@
 
 import fcntl
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
-from slurm.testcluster import Cluster, missing
+from slurm.testcluster import Cluster, ClusterError, missing
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,17 @@ def on_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """The test cluster, with SLURM's commands of this test (and submitit's) bound to it."""
     monkeypatch.setenv("SLURM_CONF", str(cluster.slurm_conf))
     return cluster
+
+
+@pytest.fixture
+def names_at_loopback(cluster: Cluster) -> Iterator[None]:
+    """On each host its own name leads to 127.0.1.1, as Debian's installer has it."""
+    for node in cluster.nodes:
+        own = f"{node.folder}/own-hosts"
+        line = f"s/^[0-9.]* {node.name}$/127.0.1.1 {node.name}/"
+        node.run("sh", "-c", f"sed '{line}' /etc/hosts >{own}; mount -n --bind {own} /etc/hosts")
+        assert "127.0.1.1" in node.run("getent", "hosts", node.name)
+    yield
+    for node in cluster.nodes:
+        with suppress(ClusterError):  # it has been off since
+            node.run("sh", "-c", "grep -q 127.0.1.1 /etc/hosts && umount -n /etc/hosts")

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
-def sweep(on_cluster: Cluster, tiny_store: Path) -> Iterator[SweepDirectory]:
+def sweep(
+    on_cluster: Cluster, names_at_loopback: None, tiny_store: Path
+) -> Iterator[SweepDirectory]:
     """Of four long trials at once and two that wait, submitted to both hosts."""
     home = tiny_store.parent.parent
     tree = tiny_experiment(epochs=800, eval_every=100, log_every=100)

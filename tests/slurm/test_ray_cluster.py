@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,3 +110,24 @@ def test_trouble_is_the_error_in_rays_logs(tmp_path: Path) -> None:
     (logs / "raylet.err").write_text("bash: line 1: /a/my: No such file or directory\n")
     os.utime(logs / "raylet.err", (0, 0))
     assert trouble(tmp_path) == "bash: line 1: /a/my: No such file or directory (raylet.err)"
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "address"),
+    [("127.0.1.1", 0, "10.0.0.1"), ("127.0.1.1", 1, "10.0.0.2"), ("10.9.0.1", 0, None)],
+)
+def test_a_node_whose_own_name_is_loopback_takes_the_address_that_others_see(
+    name: str, node: int, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = {
+        "n2": "10.0.0.1",
+        "n1": "10.0.0.2",
+    }  # this node's own address, by where the route leads
+    monkeypatch.setattr(ray_cluster, "source_address", routes.__getitem__)
+    monkeypatch.setattr(socket, "gethostbyname", lambda own: name)
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: SimpleNamespace(hostnames=["n1", "n2"]))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("CVAE_RAY_NODE_ADDRESS", "")
+    monkeypatch.delenv("CVAE_RAY_NODE_ADDRESS")
+    ray_cluster._set_node_address(node)
+    assert os.environ.get("CVAE_RAY_NODE_ADDRESS") == address
