@@ -1,6 +1,7 @@
 """One run through what a run meets on SLURM; nobody helps it."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -64,11 +65,37 @@ def until_trained(run: RunDirectory, starts: int) -> None:
     until(lambda: len(lines(run, "checkpoint")) > before)
 
 
+def assert_shown_without_accounting_and_queue(
+    run: RunDirectory,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A running job is listed and shown where sacct is missing, and also while squeue fails."""
+    folder.mkdir()
+    for name in ("squeue", "scontrol", "sinfo"):
+        (folder / name).symlink_to(shutil.which(name) or "")
+    gone = "slurm_load_jobs error: Unable to contact slurm controller"
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(folder))
+        for status in ("running", f"unknown: SLURM says: {gone}"):
+            capsys.readouterr()
+            assert runs.main(["list"]) == runs.main(["show", run.name]) == 0
+            shown = capsys.readouterr().out
+            assert shown.splitlines()[1].split()[:2] == [run.name, status.split(":")[0]]
+            assert f"\nstatus      {status}\n" in shown
+            assert "ranks       2 × cpu" in shown
+            (folder / "squeue").unlink()
+            (folder / "squeue").write_text(f"#!/bin/sh\necho '{gone}' >&2\nexit 1\n")
+            (folder / "squeue").chmod(0o755)
+
+
 def test_preempted_crashed_and_cancelled(
     on_cluster: Cluster,
     tiny_store: Path,
     home: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     config = clusters.load("testcluster").model_copy(update={"partition": "graceful"})
@@ -78,6 +105,7 @@ def test_preempted_crashed_and_cancelled(
     run = submit_new("r", experiment, place, Placement(1, 2), gpus=2)
     request.addfinalizer(lambda: end(run))
     until_trained(run, 1)
+    assert_shown_without_accounting_and_queue(run, home / "site", monkeypatch, capsys)
 
     # In this partition a preempted job gets a signal and time; going on is its own business.
     command = ["srun", "--partition=urgent", "--nodes=2", "--gpus-per-node=4", "hostname"]
