@@ -45,6 +45,10 @@ class Submission(BaseModel):
     cancelled: float | None = None
     code: str | None = None
     """The snapshot of the code that it runs: a folder of that name is under the run's code/."""
+    folder: str = ""
+    """Of the run whose job it is; "" in older files."""
+    copied: bool = False
+    """It was found in a copy of that folder: what happens to the copy must not touch the job."""
 
     @property
     def pid(self) -> int:
@@ -58,8 +62,13 @@ class Submission(BaseModel):
         return f"{name} on {self.host if self.executor == 'local' else self.cluster}"
 
 
+_ANOTHERS = JobState("ended", "NONE", "its job belongs to the run that it is a copy of")
+
+
 def look(submission: Submission) -> JobState:
     """Where the job is now; phase "unknown" if that cannot be told from here."""
+    if submission.copied:
+        return _ANOTHERS
     if submission.executor == "slurm":
         return Slurm(submission.slurm_conf).job(submission.job_id)
     same = submission.machine and submission.machine == this_machine()
@@ -96,13 +105,16 @@ def this_machine() -> str:
 def look_at_all(submissions: Sequence[Submission]) -> list[JobState]:
     """Returns the same for many, and asks each SLURM once."""
     states: dict[tuple[str | None, str], JobState] = {}
-    for conf in {one.slurm_conf for one in submissions if one.executor == "slurm"}:
-        ids = [
-            one.job_id for one in submissions if one.executor == "slurm" and one.slurm_conf == conf
-        ]
+    asked = {
+        (one.slurm_conf, one.job_id)
+        for one in submissions
+        if one.executor == "slurm" and not one.copied
+    }
+    for conf in {conf for conf, _ in asked}:
+        ids = [id for of, id in asked if of == conf]
         states |= {(conf, id): state for id, state in Slurm(conf).jobs(ids).items()}
     return [
-        states[one.slurm_conf, one.job_id] if one.executor == "slurm" else look(one)
+        look(one) if one.executor == "local" or one.copied else states[one.slurm_conf, one.job_id]
         for one in submissions
     ]
 

@@ -1,5 +1,6 @@
 """How a run stands: what its journal says, and what has become of its last job."""
 
+import os
 from typing import NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
@@ -29,7 +30,18 @@ class RunState(NamedTuple):
 
 def submissions(run: RunDirectory) -> list[Submission]:
     """Oldest first. Raises UserError if launch.json is damaged."""
-    return json_file.load(run.launch_file, _SUBMISSIONS) or []
+    return [
+        one.model_copy(update={"copied": True}) if _of_another(run, one) else one
+        for one in json_file.load(run.launch_file, _SUBMISSIONS) or []
+    ]
+
+
+def _of_another(run: RunDirectory, one: Submission) -> bool:
+    """Returns whether the run's folder is a copy, and the one that it was copied from still stands."""
+    try:
+        return bool(one.folder) and not os.path.samefile(one.folder, run.path)
+    except OSError:
+        return False
 
 
 def last_submission(run: RunDirectory) -> Submission | None:
@@ -82,7 +94,9 @@ def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
         return RunState("unknown", job.reason, job)
     if cancelled or job.word == "CANCELLED":
         return RunState("cancelled", "before it could save" if started else "before it began", job)
-    return RunState("died", job.reason if job is NO_JOB else f"its job ended as {job.word}", job)
+    return RunState(
+        "died", job.reason if job.word == NO_JOB.word else f"its job ended as {job.word}", job
+    )
 
 
 class _Images(BaseModel):

@@ -114,6 +114,7 @@ def submit(
         with interrupts_wait():
             submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)
             more: dict[str, Any] = {"journal_offset": offset, "code": code.name}
+            more["folder"] = os.path.realpath(run.path)
             if part_of_sweep:
                 # Nobody typed this process's command; the file repeats the trial alone.
                 more["command"] = f"workflows/launch.py runs/{run.name}/{run.experiment_file.name}"

@@ -1,19 +1,25 @@
 """How journal and queue together make a run's status."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cvae.config import Experiment
 from cvae.data.experiment_data import open_data
+from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training.journal_lines import Line
+from slurm import local, queue
 from slurm.client import JobState
+from slurm.queue import Submission
 from tests.conftest import tiny_experiment
+from workflows import runs
 from workflows.display import Display
 from workflows.follow import _Follower
-from workflows.run_state import RunState, judge, total_steps_of
+from workflows.run_state import RunState, judge, run_state, total_steps_of
 
 START: Line = {"kind": "start", "time": 100.0}
 STOPPED: Line = {"kind": "end", "time": 200.0, "status": "stopped", "reason": "SIGTERM at step 9"}
@@ -73,6 +79,27 @@ def test_the_total_of_steps_honours_the_share_of_the_data(tiny_store: Path) -> N
     assert total_steps_of(half) != total_steps_of(experiment)
     (tiny_store / "manifest.json").write_text('{"splits": []}')
     assert total_steps_of(half) is None
+
+
+def test_a_copy_of_a_run_that_is_running_does_not_claim_its_job(home: Path) -> None:
+    run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as job:
+        started = local.started_at(job.pid)
+        here = {"machine": queue.this_machine(), "process_started": started, "host": "vm"}
+        entry = {"time": 1, "cluster": "local", "executor": "local", "job_id": str(job.pid)}
+        more = {"nodes": 1, "gpus": 1, "world_size": 1, "folder": str(run.path)}
+        run.launch_file.write_text(json.dumps([{**entry, **here, **more}]))
+        shutil.copytree(run.path, run.path.with_name("copy"))
+        run.path.with_name("link").symlink_to(run.path)
+        folders = [run.path.with_name(name) for name in ("r", "copy", "link")]
+        alive = [run_state(RunDirectory(folder)).job.alive for folder in folders]
+        assert alive == [True, False, True]
+        with pytest.raises(UserError, match="there is nothing to cancel"):
+            runs.main(["cancel", "copy"])
+        assert run_state(RunDirectory(run.path.rename(run.path.with_name("moved")))).job.alive
+        job.kill()
+    queued = {**entry, **here, **more, "executor": "slurm", "copied": True}
+    assert queue.look_at_all([Submission.model_validate(queued)])[0].phase == "ended"
 
 
 def test_a_job_that_starts_here_names_its_host_once(
