@@ -18,11 +18,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cvae.data.building import progress_bar
 from cvae.data.store import TextEncoderEntry, file_sha256
 from cvae.errors import UserError
+from cvae.json_file import first_fault
 from cvae.output import check_folder
 from cvae.run_directory import LATEST, RunDirectory, all_runs
 
@@ -112,7 +113,8 @@ def locate(name: str) -> RunDirectory | Path:
     """The run (by name, folder, or "latest") or the exported folder. Raises UserError where there is neither."""
     folder = Path(name).resolve()
     if name not in {LATEST, *(run.name for run in all_runs())} and folder.is_dir():
-        if (folder / CONFIG).is_file():
+        # A run has no weights of its own beside its experiment: an export without its config.json is no run.
+        if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
             return folder
         if not (folder / EXPERIMENT).is_file():
             raise UserError(f"{folder} is neither a run nor an exported model")
@@ -155,14 +157,15 @@ def read(folder: Path) -> Exported:
         raise UserError(f"{folder / CONFIG} is damaged (its sha256 is another); {again}")
     try:
         exported = Exported.model_validate(tree)
-    except ValueError as error:
-        reason = " ".join(str(error).split()[3:])[:150]
-        raise UserError(f"{folder / CONFIG} is damaged ({reason}…); {again}") from None
+    except ValidationError as error:
+        raise UserError(f"{folder / CONFIG} is damaged ({first_fault(error)}); {again}") from None
     _check_files(folder, digests, again)
     return exported
 
 
 def _tree(file: Path, again: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file} is missing; {again}")
     try:
         if file.stat().st_size > _LARGEST_JSON:
             raise ValueError("too large")

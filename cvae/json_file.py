@@ -23,6 +23,11 @@ def load(path: Path, kind: TypeAdapter[T]) -> T | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = "".join(f"{key}: " for key in first["loc"])
-        raise UserError(f"{path}: damaged: {place[:100]}{first['msg'][:200]}") from None
+        raise UserError(f"{path}: damaged: {first_fault(error)}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Returns the place of the first thing that does not fit, and what is wrong there."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    place = "".join(f"{key}: " for key in first["loc"])
+    return f"{place[:100]}{first['msg'][:200]}"

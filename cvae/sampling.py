@@ -279,11 +279,12 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     Raises UserError where something is missing, was changed, or is no exported model.
     """
     exported = export_format.read(folder)
+    experiment = load_experiment(folder / export_format.EXPERIMENT)
+    file = folder / export_format.WEIGHTS
     try:
-        experiment = load_experiment(folder / export_format.EXPERIMENT)
-        weights = load_file(folder / export_format.WEIGHTS)
+        weights = load_file(file)
     except (SafetensorError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{folder} is damaged: {str(error)[:150]}") from None
+        raise UserError(f"{file} is damaged: {str(error)[:150]}") from None
     _check_fit(folder, exported, experiment)
     encoder, shape, width = exported.text_encoder, exported.image_shape, exported.condition_dim
     # A run's own model/, as MLflow has it, holds no copy: there its name has to do.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,10 @@ def replaced(old: str, new: str) -> Callable[[Path], None]:
     return act
 
 
+def missing(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
 CHANGES: dict[str, Callable[[Path], None]] = {
     "name that climbs": said("name", "../../pwn"),
     "absolute name": said("name", "/tmp/pwn"),
@@ -124,6 +129,9 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "weights without digest": unlisted("model.safetensors"),
     "experiment without digest": unlisted("experiment.yaml"),
     "a link out of it": linked,
+    "no config": missing("config.json"),
+    "no experiment": missing("experiment.yaml"),
+    "no file of weights": missing("model.safetensors"),
     "a pipe": piped,
     "NaN": weights(lambda t: t[one(t)].view(-1)[0].fill_(float("nan"))),
     "infinity": weights(lambda t: t[one(t)].view(-1)[-1].fill_(-float("inf"))),
@@ -164,8 +172,13 @@ def test_a_change_that_was_sealed_again_is_one_line(original: Path, home: Path, 
     CHANGES[kind](folder)
     with pytest.raises(UserError) as refused:
         load(folder)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 700
+    message = str(refused.value)
+    assert "\n" not in message
+    assert len(message) < 700
+    assert "input_value" not in message
+    assert re.search(
+        r"config\.json|experiment\.yaml|\.safetensors|samples\.png|do not fit", message
+    )
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def command(main: Callable[[list[str]], int], words: list[str], *names: str) -> 
             refusal = f"{error.strerror}: {error.filename}"
     if refusal:
         assert any(name in refusal for name in names), f"it names no file: {refusal}"
+        assert "input_value" not in refusal, f"pydantic's own words: {refusal}"
         assert "\n" not in refusal, f"several lines: {refusal}"
     assert "Traceback (most recent" not in out.getvalue(), f"printed: {out.getvalue()[-300:]}"
     return Outcome(out.getvalue(), one_line(refusal))
