@@ -25,7 +25,7 @@ from tests.conftest import PROJECT_ROOT, tiny_experiment
 from workflows import launch, runs
 
 pytestmark = pytest.mark.cluster
-STEPS, PART = 240, 180
+STEPS, PART = 200, 150
 # With a password it stands in no script.
 URI = "http://me:secret@cvae-host:9"
 
