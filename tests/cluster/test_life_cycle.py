@@ -83,7 +83,7 @@ def assert_shown_without_accounting_and_queue(
             assert runs.main(["list"]) == runs.main(["show", run.name]) == 0
             shown = capsys.readouterr().out
             assert shown.splitlines()[1].split()[:2] == [run.name, status.split(":")[0]]
-            assert f"\nstatus      {status}\n" in shown
+            assert f"\nstatus      {status}" in shown
             assert "ranks       2 × cpu" in shown
             (folder / "squeue").unlink()
             (folder / "squeue").write_text(f"#!/bin/sh\necho '{gone}' >&2\nexit 1\n")
