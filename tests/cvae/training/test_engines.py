@@ -145,12 +145,13 @@ def test_killed_and_resumed_under_zero_3(home: Path) -> None:
     experiment["model"] |= {"fusion": "film", "prior": "text"}
     experiment["checkpoint"] = {"every_steps": 3}
     undisturbed, killed = (ranks.new_run(name, experiment) for name in ("undisturbed", "killed"))
+    ranks.train(undisturbed, 2)
     processes = ranks.start(killed, 2)
     ranks.wait_for_step(killed, 12)
     for process in processes:
         process.kill()
     ranks.finish(processes)
-    ranks.train(killed, 2, undisturbed)
+    ranks.train(killed, 2)
     starts = ranks.lines(killed, "start")
     assert [line["engine"] for line in starts] == ["deepspeed, ZeRO 3"] * 2
     assert starts[1]["step"] > 0
