@@ -50,9 +50,9 @@ def exports(draw: random.Random, folder: Path) -> Case:
         drawn = folder / "drawn.png"
         words = [str(out), "1", "-n", "1", "--out", str(drawn)]
         with mock.patch.dict(os.environ, home), damage.untouched(out):
-            outcome = command(
-                generate.main, words, *_CHECKED, "kind of model", "format", "do not fit"
-            )
+            # Without its config.json and its weights it can be no more than a run without checkpoints.
+            names = [*_CHECKED, "kind of model", "format", "do not fit", "out/checkpoints"]
+            outcome = command(generate.main, words, *names)
             assert drawn.exists() == (not outcome.refusal), "a picture all the same, or none"
             assert outcome.refusal or sealed or same, "a folder that is not what was exported"
             with suppress(UserError):
