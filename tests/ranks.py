@@ -4,8 +4,6 @@
 """
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,46 +13,18 @@ from cvae.config import Experiment
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
-from tests.conftest import PROJECT_ROOT
+from tests.rank_processes import Processes, free_port, start_python
 
 _PATIENCE_S = 120
 
 
-def start(run: RunDirectory, world_size: int, *more: RunDirectory) -> list["subprocess.Popen[str]"]:
+def start(run: RunDirectory, world_size: int, *more: RunDirectory) -> Processes:
     """more: runs that the same processes train afterwards, as starting them takes longer than training."""
-    words = [word for one in (run, *more) for word in (str(one.path), str(_free_port()))]
+    words = [word for one in (run, *more) for word in (str(one.path), str(free_port()))]
     return start_python(["-m", "tests.ranks", *words], world_size)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_python(arguments: list[str], world_size: int) -> list["subprocess.Popen[str]"]:
-    """`python arguments` as each of the ranks."""
-    common = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=PROJECT_ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def finish(processes: list["subprocess.Popen[str]"], patience_s: float = _PATIENCE_S) -> list[str]:
+def finish(processes: Processes, patience_s: float = _PATIENCE_S) -> list[str]:
     """What each rank printed; fails where one of them takes longer than that, two minutes."""
     try:
         return [process.communicate(timeout=patience_s)[0] for process in processes]

@@ -1,6 +1,7 @@
 """The GPU check in its small size: on a CPU, without most packages, and on a product broken on purpose."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import PROJECT_ROOT
+from tests.gpu_check import apart, runner
+from tests.gpu_check.checks import CHECKS
+from tests.gpu_check.runner import run_check
 
 # What a machine with a GPU often lacks.
 _ABSENT = (
@@ -26,17 +30,23 @@ class Finder(importlib.machinery.PathFinder):
 known = importlib.machinery.PathFinder
 sys.meta_path = [Finder if finder is known else finder for finder in sys.meta_path]
 """
+# A meter that sees no NaN, and batches that are others in each process.
 _BREAK = """
 import importlib.machinery, sys
+_CODE = {
+    "cvae.training.meter": "Meter._first_bad = lambda self: self._noted.clear()",
+    "cvae.data.order": "import os\\n_draw = _generator\\n"
+    "def _generator(seed, stream, counter): return _draw(seed + os.getpid(), stream, counter)",
+}
 class Finder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         spec = super().find_spec(name, path, target)
-        if name == {module!r}:
+        if name in _CODE:
             whole = spec.loader.exec_module
             def broken(module):
                 whole(module)
-                exec({code!r}, module.__dict__)
+                exec(_CODE[name], module.__dict__)
             spec.loader.exec_module = broken
         return spec
 known = importlib.machinery.PathFinder
@@ -77,31 +87,19 @@ def test_needs_few_packages_and_says_what_it_skips(tmp_path: Path) -> None:
         assert f"\n| **{name}** | {checks[name]['verdict']} |" in table
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "code", "rows"),
-    [
-        (
-            "not-finite",
-            "cvae.training.meter",
-            "Meter._first_bad = lambda self: self._noted.clear()",
-            ["fp32: the step is named", "bf16: the step is named"],
-        ),
-        (
-            "resume",
-            "cvae.data.order",
-            "import os\n_draw = _generator\n"
-            "def _generator(seed, stream, counter): return _draw(seed + os.getpid(), stream, counter)",
-            ["1 rank, fp32: resumed beside undisturbed", "1 rank: the journals' losses"],
-        ),
-    ],
-)
-def test_a_broken_product_fails(
-    tmp_path: Path, name: str, module: str, code: str, rows: list[str]
-) -> None:
-    done = check(tmp_path, "--only", name, customized=_BREAK.format(module=module, code=code))
+def test_a_broken_product_fails(tmp_path: Path) -> None:
+    names = ("not-finite", "resume")
+    done = check(tmp_path, "--only", *names, customized=_BREAK)
     assert done.returncode == 1, done.stdout + done.stderr
-    findings = found(tmp_path)[name]["findings"]
-    assert [one["what"] for one in findings if one["verdict"] == "failed"] == rows
+    checks = found(tmp_path)
+    failed = [
+        [one["what"] for one in checks[name]["findings"] if one["verdict"] == "failed"]
+        for name in names
+    ]
+    assert failed == [
+        ["fp32: the step is named", "bf16: the step is named"],
+        ["1 rank, fp32: resumed beside undisturbed", "1 rank: the journals' losses"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,36 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], line: str) 
     assert done.stderr.count("\n") == 1
 
 
-def test_no_time_left_is_a_skip(tmp_path: Path) -> None:
-    done = check(tmp_path, "--only", "resume", "--minutes", "0.1")
-    assert done.returncode == 0
-    assert "no time left" in found(tmp_path)["resume"]["findings"][0]["measured"]
+def test_there_is_time_for_all_of_them() -> None:
+    """Of nine minutes, the rest is for the start."""
+    assert sum(one.seconds for one in CHECKS.values()) <= 500
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls from this process, which has imported everything already."""
+    monkeypatch.setattr(apart, "_FORKS", multiprocessing.get_context("fork"))
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize(
+    ("seconds", "left_s", "why"),
+    [
+        (30, 29.0, "no time left: it takes about 30 s, 29 s were left"),
+        (0, 0.0, "no time left: ended after 0 s"),
+    ],
+)
+def test_no_time_left_is_a_skip(tmp_path: Path, seconds: int, left_s: float, why: str) -> None:
+    slow = CHECKS["resume"]._replace(seconds=seconds)
+    result = run_check(slow, tmp_path, True, left_s)
+    assert result.verdict == "skipped"
+    assert [finding.measured for finding in result.findings] == [why]
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_check_that_hangs_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_LEAST_S", 0)
+    result = run_check(CHECKS["resume"]._replace(seconds=0), tmp_path, False, 99.0)
+    assert [(one.verdict, one.measured) for one in result.findings] == [
+        ("failed", "ended after 0 s")
+    ]

@@ -5,10 +5,9 @@ Exit status: 0 everything passed, was measured or was skipped with its reason; 1
 
 import argparse
 import difflib
+import json
 import math
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 
 from cvae.command_line import Parser, run
 from cvae.errors import UserError
-from tests.gpu_check import report
+from tests.gpu_check import apart, facts, report
 from tests.gpu_check.checks import CHECKS, Check
-from tests.gpu_check.runner import PROJECT_ROOT, Result, run_check
+from tests.gpu_check.runner import Result, run_check
+
+_LONGEST_START_S = 120
 
 
 def main(arguments: list[str]) -> int:
@@ -34,9 +35,9 @@ def main(arguments: list[str]) -> int:
     deadline = time.monotonic() + 60 * options.minutes
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as home:
-        facts = _facts()
-        small = options.small or facts["gpus"] == 0
-        header = _header(facts, small)
+        machine = _facts(Path(home))
+        small = options.small or machine["gpus"] == 0
+        header = _header(machine, small)
         for key, value in header.items():
             print(f"{key}: {value}")
         report.write(out, header, results, chosen)
@@ -85,27 +86,22 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _facts() -> dict[str, Any]:
-    """What a process of its own finds out about device and packages: this one opens no CUDA context."""
-    import json
-
-    command = [sys.executable, "-m", "tests.gpu_check.facts"]
-    try:
-        done = subprocess.run(
-            command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=120
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError("PyTorch and its device did not answer for two minutes") from None
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+def _facts(home: Path) -> dict[str, Any]:
+    """Asks about device and packages in a process of its own: this one opens no CUDA context."""
+    result, log = home / "facts.json", home / "facts.log"
+    status = apart.call(facts.write, (result,), log, _LONGEST_START_S)
+    if status is None:
+        raise UserError("PyTorch and its device did not answer for two minutes")
+    if status != 0:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
         raise UserError(f"PyTorch cannot be used here: {last[:300]}")
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return facts
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
 
 
-def _header(facts: dict[str, Any], small: bool) -> dict[str, str]:
+def _header(machine: dict[str, Any], small: bool) -> dict[str, str]:
     size = "small, as for a CPU" if small else "full"
-    return {**facts["header"], "size": size, "date": time.strftime("%Y-%m-%d %H:%M %z")}
+    return {**machine["header"], "size": size, "date": time.strftime("%Y-%m-%d %H:%M %z")}
 
 
 def _line(result: Result) -> str:

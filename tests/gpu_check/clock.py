@@ -27,10 +27,17 @@ class Rate(NamedTuple):
         return f"{self.median:,.1f} images/s ({self.lowest:,.1f} to {self.highest:,.1f})"
 
 
-def rate(step: Step, images: int, device: torch.device, seconds: float, multiple: int = 1) -> Rate:
+def rate(
+    step: Step,
+    images: int,
+    device: torch.device,
+    seconds: float,
+    multiple: int = 1,
+    windows: int = _WINDOWS,
+) -> Rate:
     """Measures windows of `seconds` together, after steps that warm up."""
-    window = seconds / _WINDOWS
-    found = [images * steps_per_second(step, window, device, multiple) for _ in range(_WINDOWS)]
+    window = seconds / windows
+    found = [images * steps_per_second(step, window, device, multiple) for _ in range(windows)]
     return of(found)
 
 

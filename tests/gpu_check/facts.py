@@ -1,21 +1,24 @@
-"""Prints what this machine is, as a line of JSON: {"gpus", "header"}."""
+"""What this machine is: its device, its packages, the code."""
 
 import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.gpu_check.runner import PROJECT_ROOT
+from tests.gpu_check import stand_in
+from tests.rank_processes import PROJECT_ROOT
 
 _PACKAGES = ("numpy", "pydantic", "diffusers", "transformers", "deepspeed", "triton")
 
 
 def facts() -> dict[str, Any]:
+    import torch
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     header = {"device": _device(gpus), "python": platform.python_version()}
     header["torch"] = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
@@ -26,8 +29,6 @@ def facts() -> dict[str, Any]:
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
     header["packages"] = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
-    if find_spec("pydantic") is None:
-        header["packages"] = header["packages"].replace("pydantic missing", "pydantic stand-in")
     header["commit"] = _commit()
     return {"gpus": gpus, "header": header}
 
@@ -35,12 +36,16 @@ def facts() -> dict[str, Any]:
 def _device(gpus: int) -> str:
     if not gpus:
         return f"no GPU; CPU, {len(os.sched_getaffinity(0))} cores"
+    import torch
+
     told = torch.cuda.get_device_properties(0)
     memory = f"{told.total_memory / 2**30:.0f} GiB"
     return f"{gpus} × {told.name}, sm_{told.major}{told.minor}, {memory}"
 
 
 def _version(package: str) -> str:
+    if (known := sys.modules.get(package)) and known.__version__ == stand_in.VERSION:
+        return stand_in.VERSION
     if find_spec(package) is None:
         return "missing"
     try:
@@ -65,5 +70,5 @@ def _output(*command: str) -> str:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
 
 
-if __name__ == "__main__":
-    print(json.dumps(facts()))
+def write(result: Path) -> None:
+    result.write_text(json.dumps(facts()))

@@ -35,8 +35,8 @@ def published(setting: Setting) -> Iterator[Finding]:
             sampler = RandomSampler(data, num_samples=_MANY)
             loader = DataLoader(data, batch_size, sampler=sampler, num_workers=workers)
             step = _plain_loop(model, iter(loader), 1e-4, ranks.device)
-            # Workers finish their batches together.
-            found = clock.rate(step, batch_size, ranks.device, 0.1, multiple=workers)
+            # Workers finish their batches together, and take seconds for one.
+            found = clock.rate(step, batch_size, ranks.device, 0.1, workers, windows=1)
             yield measured(
                 f"{size}²: conv, batches of {batch_size}, {workers} workers",
                 str(found),

@@ -24,7 +24,7 @@ def resume(setting: Setting) -> Iterator[Finding]:
 
 def _resume(setting: Setting, world_size: int) -> Iterator[Finding]:
     """Two runs side by side, one of them killed without warning; then its copies go on."""
-    total, every = (24, 6) if setting.small else (1000, 100)
+    total, every = (60, 6) if setting.small else (600, 60)
     options: dict[str, Any] = {"max_steps": total, "log_every": 1, "ema_decay": 0.9}
     options["precision"] = "auto"
     if not knows("deterministic"):

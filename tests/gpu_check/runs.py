@@ -1,9 +1,5 @@
 """Runs of the training loop in processes of their own, as a job starts them."""
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +11,7 @@ from safetensors.torch import load_file
 from cvae.config import Experiment
 from cvae.run_directory import RunDirectory
 from cvae.training import journal
-from tests.gpu_check.runner import PROJECT_ROOT
-
-Processes = list["subprocess.Popen[str]"]
+from tests.rank_processes import Processes, start_python
 
 
 def new_run(name: str, experiment: Experiment, every_steps: int | None = None) -> RunDirectory:
@@ -28,22 +22,7 @@ def new_run(name: str, experiment: Experiment, every_steps: int | None = None) -
 
 def start(run: RunDirectory, world_size: int = 1) -> Processes:
     """Starts a process for each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu_check.train_run", str(run.path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=PROJECT_ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    return start_python(["-m", "tests.gpu_check.train_run", str(run.path)], world_size)
 
 
 def finish(processes: Processes) -> list[str]:

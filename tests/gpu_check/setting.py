@@ -134,6 +134,13 @@ def knows(key: str, value: str | None = None) -> bool:
     return field is not None and (value is None or value in get_args(field.annotation))
 
 
+def allow_fp16_on_a_cpu() -> None:
+    """In this process. The product refuses it because it is slow; the arithmetic is there."""
+    from cvae.training import precision
+
+    precision.resolve = lambda wanted, device: wanted
+
+
 def write_store(
     root: Path, pixels: int, text_dim: int, counts: tuple[int, int], spoiled: int | None = None
 ) -> None:

@@ -5,6 +5,7 @@ these checks are right by construction, and the tests run with the real package.
 """
 
 import copy
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -14,6 +15,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+VERSION = "stand-in"
 _MISSING: Any = object()
 
 
@@ -25,6 +27,7 @@ def install_if_needed() -> bool:
         module = types.ModuleType(name)
         module.__dict__.update(_NAMES)
         module.__dict__["__getattr__"] = _anything_named
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec asks for it
         sys.modules[name] = module
     return True
 
@@ -204,5 +207,5 @@ _NAMES = {
     "Field": field,
     "ValidationError": ValidationError,
     "model_validator": model_validator,
-    "__version__": "stand-in",
+    "__version__": VERSION,
 }

@@ -1,4 +1,4 @@
-"""One check in a process of its own: `python -m tests.gpu_check.worker NAME RESULT HOME small|full`.
+"""One check in a process of its own.
 
 Each finding is written as soon as it is there, so that a check that hangs or crashes keeps those before.
 """
@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 from tests.gpu_check import stand_in
@@ -17,18 +16,20 @@ from tests.gpu_check.checks import CHECKS
 from tests.gpu_check.findings import Finding, Skip, skipped
 
 
-def main(name: str, result: Path, home: Path, size: str) -> None:
+def check(name: str, result: Path, home: Path, small: bool) -> None:
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING)
     os.environ["CVAE_HOME"] = str(home)
     stand_in.install_if_needed()
     from tests.gpu_check.setting import Setting
 
+    if small:
+        _use_one_thread()
     module, _, function = CHECKS[name].target.partition(":")
     findings: list[Finding] = []
     try:
-        check = getattr(importlib.import_module(f"tests.gpu_check.{module}"), function)
-        for finding in check(Setting(size == "small", home), *CHECKS[name].arguments):
+        made = getattr(importlib.import_module(f"tests.gpu_check.{module}"), function)
+        for finding in made(Setting(small, home), *CHECKS[name].arguments):
             findings.append(finding)
             _write(result, findings, ended=False)
     except Skip as reason:
@@ -41,12 +42,16 @@ def main(name: str, result: Path, home: Path, size: str) -> None:
     _write(result, findings, ended=True)
 
 
+def _use_one_thread() -> None:
+    """Tiny models gain nothing from threads, which wait for each other on a busy machine."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def _write(result: Path, findings: list[Finding], ended: bool) -> None:
     new = result.with_suffix(".new")
     rows = [dataclasses.asdict(finding) for finding in findings]
     new.write_text(json.dumps({"ended": ended, "findings": rows}))
     os.replace(new, result)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
