@@ -244,7 +244,7 @@ def _more(draw: random.Random, root: Path, tree: Any) -> str:
             {"id": draw.choice([0, 88]), "image_id": draw.choice([0, 1, 5555]), "caption": "x"}
         )
     elif act == "absent":
-        (root / _FOLDER / "000000000001.jpg").unlink(missing_ok=True)
+        _remove(root / _FOLDER / "000000000001.jpg")
     elif act == "bare":
         tree["annotations"] = tree["annotations"][1:]
     else:
@@ -262,9 +262,16 @@ def _nested(draw: random.Random, root: Path, tree: Any) -> str:
     return "nested"
 
 
+def _remove(file: Path) -> None:
+    if file.is_dir():
+        file.rmdir()
+    else:
+        file.unlink(missing_ok=True)
+
+
 def _other_file(draw: random.Random, root: Path, tree: Any) -> str:
     file = root / _FOLDER / f"{draw.randrange(4):012}.jpg"
-    file.unlink(missing_ok=True)
+    _remove(file)
     act = draw.choice(["folder", "link", "loop", "pipe"])
     if act == "folder":
         file.mkdir()
