@@ -46,7 +46,7 @@ class Submission(BaseModel):
     code: str | None = None
     """The snapshot of the code that it runs: a folder of that name is under the run's code/."""
     folder: str = ""
-    """Of the run whose job it is; "" in older files."""
+    """Of the run or sweep whose job it is; "" in older files."""
     copied: bool = False
     """It was found in a copy of that folder: what happens to the copy must not touch the job."""
 
@@ -62,7 +62,22 @@ class Submission(BaseModel):
         return f"{name} on {self.host if self.executor == 'local' else self.cluster}"
 
 
-_ANOTHERS = JobState("ended", "NONE", "its job belongs to the run that it is a copy of")
+_ANOTHERS = JobState("ended", "NONE", "its job belongs to the folder that it is a copy of")
+
+
+def found_in(folder: Path, submissions: list[Submission]) -> list[Submission]:
+    """Returns the submissions that a folder lists; those of the folder that it is a copy of are marked.
+
+    A folder that was moved keeps its jobs: where they were submitted from nothing stands any more.
+    """
+
+    def copied(one: Submission) -> bool:
+        try:
+            return bool(one.folder) and not os.path.samefile(one.folder, folder)
+        except OSError:
+            return False
+
+    return [one.model_copy(update={"copied": one.copied or copied(one)}) for one in submissions]
 
 
 def look(submission: Submission) -> JobState:

@@ -1,6 +1,5 @@
 """How a run stands: what its journal says, and what has become of its last job."""
 
-import os
 from typing import NamedTuple
 
 from pydantic import BaseModel, TypeAdapter
@@ -30,18 +29,7 @@ class RunState(NamedTuple):
 
 def submissions(run: RunDirectory) -> list[Submission]:
     """Oldest first. Raises UserError if launch.json is damaged."""
-    return [
-        one.model_copy(update={"copied": True}) if _of_another(run, one) else one
-        for one in json_file.load(run.launch_file, _SUBMISSIONS) or []
-    ]
-
-
-def _of_another(run: RunDirectory, one: Submission) -> bool:
-    """Returns whether the run's folder is a copy, and the one that it was copied from still stands."""
-    try:
-        return bool(one.folder) and not os.path.samefile(one.folder, run.path)
-    except OSError:
-        return False
+    return queue.found_in(run.path, json_file.load(run.launch_file, _SUBMISSIONS) or [])
 
 
 def last_submission(run: RunDirectory) -> Submission | None:

@@ -100,6 +100,7 @@ def test_a_run_uses_the_code_of_its_submission_and_a_resumed_one_todays(
     last = submissions(run)[-1]
     queue.end(last, 0, lambda _: None)
     assert last.code not in (None, id)
+    assert last.folder == str(run.path.resolve())
     assert "the run began with" in said
     assert f"code/{id} runs/x/code/{last.code}\n" in said.replace(f"{home}/", "").replace("../", "")
     assert "the bug" not in (run.path / f"code/{last.code}/cvae/evaluation/elbo.py").read_text()

@@ -20,6 +20,7 @@ from workflows import runs
 from workflows.display import Display
 from workflows.follow import _Follower
 from workflows.run_state import RunState, judge, run_state, total_steps_of
+from workflows.sweeps.directory import SweepDirectory
 
 START: Line = {"kind": "start", "time": 100.0}
 STOPPED: Line = {"kind": "end", "time": 200.0, "status": "stopped", "reason": "SIGTERM at step 9"}
@@ -94,6 +95,8 @@ def test_a_copy_of_a_run_that_is_running_does_not_claim_its_job(home: Path) -> N
         folders = [run.path.with_name(name) for name in ("r", "copy", "link")]
         alive = [run_state(RunDirectory(folder)).job.alive for folder in folders]
         assert alive == [True, False, True]
+        sweeps = [SweepDirectory(folder).submissions()[-1] for folder in folders]
+        assert [queue.look(one).alive for one in sweeps] == alive
         with pytest.raises(UserError, match="there is nothing to cancel"):
             runs.main(["cancel", "copy"])
         assert run_state(RunDirectory(run.path.rename(run.path.with_name("moved")))).job.alive

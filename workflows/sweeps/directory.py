@@ -21,6 +21,7 @@ from cvae import json_file, paths, yaml_model
 from cvae.config import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.run_directory import RunDirectory, find_sweep, telling_name
+from slurm import queue
 from slurm.queue import Submission
 from workflows.sweeps.config import Sweep
 
@@ -117,7 +118,7 @@ class SweepDirectory:
         return json_file.load(self.launch_file, _LAUNCHES) or []
 
     def submissions(self) -> list[Submission]:
-        return json_file.load(self.launch_file, _SUBMISSIONS) or []
+        return queue.found_in(self.path, json_file.load(self.launch_file, _SUBMISSIONS) or [])
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Handing a sweep to SLURM or to this machine: what runs where, said beforehand and written down."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,8 @@ def submit(sweep: SweepDirectory, seats: Seats, address: str | None) -> Submissi
     job = job_of(sweep, seats, address, code)
     with interrupts_wait():
         submission = executors.submit(job, seats.place, seats.placement, seats.placement.world_size)
-        submission = submission.model_copy(update={"code": code.name})
+        more = {"code": code.name, "folder": os.path.realpath(sweep.path)}
+        submission = submission.model_copy(update=more)
         try:
             _write(sweep, submission, seats, address)
         except OSError:
