@@ -57,7 +57,7 @@ def test_trials_of_a_lost_node_move(sweep: SweepDirectory, cluster: Cluster) -> 
     try:
         until(lambda: len(ended(sweep)) == 6, 200)
         over = time.monotonic()
-        until(lambda: not queue.look(submission).alive, 15)
+        until(lambda: not queue.look(submission).alive, 30)  # Ray by itself would wait 60 s
         print(f"gone after {time.monotonic() - over:.1f} s", file=sys.stderr)
     finally:
         lost.power_on()
