@@ -92,7 +92,9 @@ def images_at_once(model: Cvae) -> int:
 def memory_for_images(device: torch.device) -> int:
     """Returns the bytes that a batch may take on a device."""
     if device.type == "cuda":
-        return int(_SHARE_OF_A_GPU * memory(device).free)
+        # What PyTorch holds in reserve, as after training, is free for this process alone.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(_SHARE_OF_A_GPU * (memory(device).free + reserve))
     return _BYTES_OF_A_HOST
 
 
