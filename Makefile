@@ -60,7 +60,7 @@ gpu-check:
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
 
 cluster: install
-	python -m slurm.testcluster up
+	python -m tests.testcluster up
 
 cluster-down: install
-	python -m slurm.testcluster down
+	python -m tests.testcluster down

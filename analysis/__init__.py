@@ -7,6 +7,6 @@ analysis.compare(runs, "model.condition", "val/loss")       # paired by seed, wi
 """
 
 from analysis.intervals import changed_keys, compare, importance
-from analysis.loading import curves, runs
+from analysis.tables import curves, runs
 
 __all__ = ["changed_keys", "compare", "curves", "importance", "runs"]

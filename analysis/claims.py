@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.intervals import Interval, changed_keys, compare, interval, paired_difference, usable
-from analysis.material import MEANING
+from analysis.report_data import MEANING
 
 NOT_TESTED, NOT_COMPARABLE = "not tested", "not comparable"
 MARGIN = 5.0

@@ -16,15 +16,15 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import curves, runs
-from analysis.material import Material
-from analysis.page import clean, png_bytes, render, svg_text
-from analysis.sections import MADE_BY, sections, summary
-from analysis.showcase import MOST_RUNS, Picture, opened, pictures
+from analysis.html_page import clean, png_bytes, render, svg_text
+from analysis.report_data import Material
+from analysis.report_images import MOST_RUNS, Picture, opened, pictures
+from analysis.report_sections import MADE_BY, sections, summary
 from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
-from cvae.output import check_folder, whole_folder
-from cvae.run_directory import RunDirectory
+from cvae.files.output_folder import check_folder, whole_folder
+from cvae.run.directory import RunDirectory
 
 _CURVES = ["train/loss", "val/loss"]
 _NAME = "report.py"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cvae.errors import UserError, cut, one_line, shown
-from cvae.paths import PROJECT_ROOT
+from cvae.files.paths import PROJECT_ROOT
 from cvae.redaction import guard_output, without_secrets
 
 # What the machine says of a file, a disk or a limit; every error that names a file is one of these, too.

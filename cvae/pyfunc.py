@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cvae.errors import UserError
-from cvae.inference import Images
-from cvae.sampling import Trained, load_export
+from cvae.sampling.inference import Images
+from cvae.sampling.sampler import Trained, load_export
 
 
 class Drawing:

@@ -17,11 +17,11 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from cvae.errors import UserError
 from cvae.redaction import holds_password
-from slurm import job, local, supervisor
-from slurm.client import complaint
-from slurm.cluster import ClusterConfig, Place, Placement
-from slurm.queue import Submission, this_machine
-from slurm.tries import Care
+from slurm import local_jobs, rank_process, supervisor
+from slurm.attempts import Care
+from slurm.cluster_file import ClusterConfig, Place, Placement
+from slurm.commands import complaint
+from slurm.job_state import Submission, this_machine
 
 
 class Job(NamedTuple):
@@ -70,7 +70,7 @@ def submit(what: Job, place: Place, placement: Placement, gpus: int) -> Submissi
         job_id = _to_slurm(what, place.config, placement)
     else:
         job_id = _to_this_machine(what, place.config, placement)
-        started = local.started_at(local.pid_of(job_id))
+        started = local_jobs.started_at(local_jobs.pid_of(job_id))
     return Submission(
         time=time.time(),
         cluster=place.name,
@@ -107,7 +107,7 @@ def _to_slurm(what: Job, config: ClusterConfig, placement: Placement) -> str:
     environment = {**config.slurm().environment, **what.env, **secrets, **_let_through(secrets)}
     try:
         with inside, environment_variables(**environment):
-            return str(executor.submit(job.run, what.target, *what.arguments).job_id)
+            return str(executor.submit(rank_process.run, what.target, *what.arguments).job_id)
     except FailedJobError as error:
         raise UserError(f"SLURM says: {complaint(str(error))}") from None
 
@@ -196,7 +196,7 @@ def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    executor = local.DetachedExecutor(what.folder)
+    executor = local_jobs.DetachedExecutor(what.folder)
     env = {**_environment(what, config), "CVAE_MASTER_PORT": str(port)}
     if what.ends_with is not None:
         env["CVAE_ENDS_WITH"] = str(what.ends_with)
@@ -206,4 +206,4 @@ def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> 
         care=what.care,
         max_restarts=config.max_restarts,
     )
-    return str(executor.submit(job.run, what.target, *what.arguments).job_id)
+    return str(executor.submit(rank_process.run, what.target, *what.arguments).job_id)

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import psutil
 import submitit
 
+from cvae.distributed.network_interface import is_loopback, source_address
 from cvae.errors import UserError
-from cvae.paths import write_atomically
-from cvae.training.network_interface import is_loopback, source_address
+from cvae.files.paths import write_atomically
 from slurm.ray_files import private_folder, trouble
 
 # Not MLflow's address: trials write to their journals only, and whoever may look at Ray can read this.
@@ -266,7 +266,7 @@ def _let_jobs_save(meeting: Path) -> None:
 def _jobs_here(meeting: Path) -> bool:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            ours = "slurm.local" in process.cmdline()
+            ours = "slurm.local_jobs" in process.cmdline()
             if ours and process.environ().get("CVAE_RAY_MEETING") == str(meeting):
                 return True
     return False

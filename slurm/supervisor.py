@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from cvae.errors import UserError
-from slurm import tries
-from slurm.client import Slurm
-from slurm.files import TRY_MARK
-from slurm.requeueing import hold_off, nodes_to_exclude, patiently, requeue
-from slurm.tries import Care, Ending, Try
+from slurm import attempts
+from slurm.attempts import Care, Ending, Try
+from slurm.commands import Slurm
+from slurm.job_files import TRY_MARK
+from slurm.requeue import hold_off, nodes_to_exclude, patiently, requeue
 
 NOT_HERE, GIVEN_UP = 75, 76
 _log = logging.getLogger("slurm.supervisor")
@@ -38,10 +38,10 @@ def before(folder: Path, care: Care) -> int:
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     word = slurm.last_word(job_id) if restarted else ""
     here = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-    open_ones = [one for one in tries.read(folder, job_id) if one.ended is None]
+    open_ones = [one for one in attempts.read(folder, job_id) if one.ended is None]
     lost = slurm.lost_nodes(open_ones[-1].nodes) if open_ones else []
-    told = tries.settle(folder, job_id, time.time(), word, lost, tries.newest(care.progress))
-    goes_on, pause_s = tries.goes_on(told) if open_ones else (True, 0.0)
+    told = attempts.settle(folder, job_id, time.time(), word, lost, attempts.newest(care.progress))
+    goes_on, pause_s = attempts.goes_on(told) if open_ones else (True, 0.0)
     if (open_ones and told[-1].cause in ("node", "crash")) or _was_killed_at_limit(told):
         call_after(care, Ending("node", told[-1].why), restarts=goes_on)
     if not goes_on:
@@ -54,17 +54,17 @@ def before(folder: Path, care: Care) -> int:
         if not requeue(slurm, job_id):
             hold_off(slurm, job_id, [], pause_s)
             return NOT_HERE
-    told = tries.begin(folder, job_id, here, time.time(), word, tries.newest(care.progress))
+    told = attempts.begin(folder, job_id, here, time.time(), word, attempts.newest(care.progress))
     print(f"{TRY_MARK}{told[-1].number} on {', '.join(here)}", flush=True)
     excluded = nodes_to_exclude(slurm, told)
-    if not set(excluded) & set(here) or not tries.shuns(told[:-1]):
+    if not set(excluded) & set(here) or not attempts.shuns(told[:-1]):
         return 0
     end = Ending("not begun", f"not begun: {', '.join(excluded)} failed twice")
-    _note(folder, job_id, tries.closed(told, end, care, True, excluded, "asked"))
+    _note(folder, job_id, attempts.closed(told, end, care, True, excluded, "asked"))
     if refusal := requeue(slurm, job_id):
         # Better on a bad node than nowhere.
         _log.warning("%s; begins here all the same", refusal)
-        tries.write(folder, job_id, told)
+        attempts.write(folder, job_id, told)
         return 0
     hold_off(slurm, job_id, excluded, 0.0)
     return NOT_HERE
@@ -73,7 +73,7 @@ def before(folder: Path, care: Care) -> int:
 def after(folder: Path, care: Care, status: int, max_restarts: int) -> None:
     """Says why the try ended and, where that is of use, has SLURM try again."""
     slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
-    told = tries.read(folder, job_id)
+    told = attempts.read(folder, job_id)
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     silence = ""
     try:
@@ -87,11 +87,11 @@ def after(folder: Path, care: Care, status: int, max_restarts: int) -> None:
         _log.info("try ended by SLURM: %s", details.get("JobState"))
         return
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "")
-    end = tries.ending(folder, job_id, status, preempted)
-    restarts, end = tries.decide(end, tries.newest(care.progress), told[:-1], max_restarts)
+    end = attempts.ending(folder, job_id, status, preempted)
+    restarts, end = attempts.decide(end, attempts.newest(care.progress), told[:-1], max_restarts)
     if silence:
-        told = tries.closed(told, end, care, restarts)
-        _note(folder, job_id, tries.answered(told, silence) if restarts else told)
+        told = attempts.closed(told, end, care, restarts)
+        _note(folder, job_id, attempts.answered(told, silence) if restarts else told)
         call_after(care, end, restarts=False)
         return
     if end.cause in ("crash", "bad input"):
@@ -107,21 +107,21 @@ def _close(
     A job that is put back is killed soon, perhaps before another word is written; and SLURM may refuse. So the
     file says first that SLURM is asked, and then what it has answered.
     """
-    told = tries.closed(told, end, care, again)
+    told = attempts.closed(told, end, care, again)
     if not again:
         _note(folder, job_id, told)
         return
     excluded = nodes_to_exclude(slurm, told)
-    told = tries.closed(told, end, care, again, excluded, "asked")
+    told = attempts.closed(told, end, care, again, excluded, "asked")
     _note(folder, job_id, told)
     refusal = requeue(slurm, job_id)
-    told = tries.answered(told, refusal)
+    told = attempts.answered(told, refusal)
     if refusal:
         _note(folder, job_id, told)
         call_after(care, end._replace(why=f"{end.why}; {told[-1].follows}"), restarts=False)
         return
-    hold_off(slurm, job_id, excluded, tries.pause_after(told))
-    tries.write(folder, job_id, told)
+    hold_off(slurm, job_id, excluded, attempts.pause_after(told))
+    attempts.write(folder, job_id, told)
     print(f"{TRY_MARK}{told[-1].number}: SLURM has put it back into its queue", flush=True)
 
 
@@ -146,20 +146,20 @@ def at_limit(folder: Path, care: Care, max_restarts: int) -> None:
     Whatever else SLURM ends (preempted, cancelled, requeued), or has been seen to already, is left alone.
     """
     slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
-    told = tries.read(folder, job_id)
+    told = attempts.read(folder, job_id)
     details = patiently(lambda: slurm.details(job_id))
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     is_up = details.get("Reason") == "TimeLimit" and details.get("JobState") != "RUNNING"
     ours = int(details.get("Restarts", 0)) == restarted
     if not (is_up and ours and told and told[-1].ended is None):
         return
-    end = tries.ending(folder, job_id, 128 + signal.SIGTERM, timed_out=True)
-    restarts, end = tries.decide(end, tries.newest(care.progress), told[:-1], max_restarts)
+    end = attempts.ending(folder, job_id, 128 + signal.SIGTERM, timed_out=True)
+    restarts, end = attempts.decide(end, attempts.newest(care.progress), told[:-1], max_restarts)
     _close(slurm, folder, job_id, care, told, end, restarts)
 
 
 def _was_killed_at_limit(earlier: list[Try]) -> bool:
-    return bool(earlier) and earlier[-1].why == tries.KILLED_AT_LIMIT
+    return bool(earlier) and earlier[-1].why == attempts.KILLED_AT_LIMIT
 
 
 def call_after(care: Care, end: Ending, restarts: bool) -> None:
@@ -174,7 +174,7 @@ def call_after(care: Care, end: Ending, restarts: bool) -> None:
 
 
 def _note(folder: Path, job_id: str, told: list[Try]) -> None:
-    tries.write(folder, job_id, told)
+    attempts.write(folder, job_id, told)
     print(told[-1].last_words, flush=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.stores import write_manifest
+from tests.helpers.stores import write_manifest
 
 # Tiny models gain nothing from a second thread, and on a busy machine the threads' barriers, which spin, make
 # them twenty times slower. Set before torch is imported.
@@ -23,13 +23,13 @@ _INTEGRATION = (
     "tests/workflows/sweeps/test_killed_sweep.py",
     "tests/workflows/test_launch.py",
     "tests/workflows/sweeps/test_sweep.py",
-    "tests/workflows/test_benchmark.py",
-    "tests/cvae/training/test_mlflow_mirror.py",
-    "tests/cvae/training/test_mlflow_server.py",
+    "tests/studies/test_benchmark.py",
+    "tests/cvae/tracking/test_mlflow_mirror.py",
+    "tests/cvae/tracking/test_mlflow_server.py",
     "tests/cvae/training/test_compile.py",
-    "tests/cvae/evaluation/test_run.py",
-    "tests/cvae/data/test_coco_parts.py",
-    "tests/workflows/test_prepare_job.py",
+    "tests/cvae/evaluation/test_evaluate_run.py",
+    "tests/cvae/preparation/test_coco_parts.py",
+    "tests/workflows/jobs/test_prepare_job.py",
     "tests/test_fuzz.py",
 )
 

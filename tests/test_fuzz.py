@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from analysis import loading
-from cvae import json_file, sampling
-from cvae.data import coco_annotations
-from cvae.training import checkpoint
+from analysis import tables
+from cvae.files import json_file
+from cvae.preparation import coco_annotations
+from cvae.run import checkpoint
+from cvae.sampling import sampler
 from tests.fuzz.frame import fuzz
 
 # Models need imports of seconds; of what a case costs there are as many as take a fraction of a second.
@@ -41,11 +42,11 @@ def _mixed(folder: Path, warn: Any) -> checkpoint.Snapshot:
 @pytest.mark.parametrize(
     ("target", "place", "name", "broken", "kind"),
     [
-        ("exports", sampling, "_misfit", lambda *_: None, "wrongly accepted"),
+        ("exports", sampler, "_misfit", lambda *_: None, "wrongly accepted"),
         ("coco", coco_annotations, "_clean", str, "wrongly accepted"),
         ("runs", checkpoint, "load_newest", _mixed, "wrongly accepted"),
         ("runs", json_file, "load", _trusting, "traceback"),
-        ("reports", loading, "_folders", lambda *_: [], "wrongly accepted"),
+        ("reports", tables, "_folders", lambda *_: [], "wrongly accepted"),
     ],
 )
 def test_a_broken_reader_is_found(

@@ -34,8 +34,8 @@ sys.meta_path = [Finder if finder is known else finder for finder in sys.meta_pa
 _BREAK = """
 import importlib.machinery, sys
 _CODE = {
-    "cvae.training.meter": "Meter._first_bad = lambda self: self._noted.clear()",
-    "cvae.data.order": "import os\\n_draw = _generator\\n"
+    "cvae.training.rates": "Meter._first_bad = lambda self: self._noted.clear()",
+    "cvae.data.draws": "import os\\n_draw = _generator\\n"
     "def _generator(seed, stream, counter): return _draw(seed + os.getpid(), stream, counter)",
 }
 class Finder(importlib.machinery.PathFinder):

@@ -16,24 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from cvae import command_line
-from cvae.code_snapshot import Snapshot
 from cvae.command_line import Parser, positive
-from cvae.data.building import progress_bar
 from cvae.data.store import file_sha256, open_store
 from cvae.errors import UserError
-from cvae.evaluation.groups import CONSTANTS, LOSS, UNITS, WHAT_THEY_ARE, Request, fitting, prefix
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import cluster, queue
-from slurm.cluster import Place, Placement, TimeLimit
-from slurm.evidence import first_failure
+from cvae.evaluation.metric_groups import (
+    CONSTANTS,
+    LOSS,
+    UNITS,
+    WHAT_THEY_ARE,
+    Request,
+    fitting,
+    prefix,
+)
+from cvae.progress import progress_bar
+from cvae.run import journal
+from cvae.run.code_snapshot import Snapshot
+from cvae.run.directory import RunDirectory
+from slurm import cluster_file, job_state
+from slurm.cluster_file import Place, Placement, TimeLimit
 from slurm.executors import Job
-from slurm.queue import Submission
-from workflows.submission import job_environment, submitted
-from workflows.text import aligned, shown, table
-from workflows.time_option import add_time
+from slurm.failure_diagnosis import first_failure
+from slurm.job_state import Submission
+from workflows.jobs.submission import job_environment, submitted
+from workflows.jobs.time_option import add_time
+from workflows.terminal.formatting import aligned, shown, table
 
-EVALUATE = "cvae.evaluation.run:evaluate_runs"
+EVALUATE = "cvae.evaluation.evaluate_run:evaluate_runs"
 _POLL_S = {"slurm": 3.0, "local": 0.5}
 
 
@@ -62,12 +70,12 @@ def parser() -> Parser:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
-    asked = cluster.split(options.nodes, options.gpus or options.nodes)
+    asked = cluster_file.split(options.nodes, options.gpus or options.nodes)
     if options.inception is not None and not options.inception.is_file():
         raise UserError(f"--inception {options.inception}: no such file")
     runs = [RunDirectory.open(name) for name in dict.fromkeys(options.runs)]
     requests = _requests(runs, options)
-    from workflows.plan import locate  # torch: seconds
+    from workflows.jobs.plan import locate  # torch: seconds
 
     place, placement, facts = locate(asked, options.cluster, False, TimeLimit(options.time))
     print(aligned([("evaluate", ", ".join(run.name for run in runs)), *facts]), flush=True)
@@ -137,7 +145,7 @@ def _wait(submission: Submission, progress: Path) -> str:
     what, bar = "starts", progress_bar(0, "image", "starts")
     try:
         while True:
-            state = queue.look(submission)
+            state = job_state.look(submission)
             said = json.loads(progress.read_text()) if progress.exists() else None
             if said is not None and said["what"] != what:
                 bar.close()
@@ -152,7 +160,7 @@ def _wait(submission: Submission, progress: Path) -> str:
 
 
 def _tell_mlflow(run: RunDirectory) -> None:
-    from cvae.training import mlflow_mirror
+    from cvae.tracking import mlflow_mirror
 
     try:
         mlflow_mirror.sync(run.path, lambda lines: None)

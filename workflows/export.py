@@ -15,10 +15,10 @@ from pathlib import Path
 from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
-from cvae.export_format import CONFIG, check_target
-from cvae.output import MARKER
-from cvae.run_directory import RunDirectory
-from workflows import text
+from cvae.files.output_folder import MARKER
+from cvae.run.directory import RunDirectory
+from cvae.sampling.export_format import CONFIG, check_target
+from workflows.terminal import formatting
 
 _UNITS = ("B", "kB", "MB", "GB")
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     check_target(folder)
 
     # Only now: torch takes seconds to import, and a typing error is answered at once.
-    from cvae.export import export_run
+    from cvae.sampling.export import export_run
 
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     exported = export_run(run, folder)
@@ -50,9 +50,11 @@ def main(arguments: list[str]) -> int:
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     rows = [(name, size(count)) for name, count in sizes.items()]
     print(
-        text.table(("file", "size"), [*rows, ("all", size(sum(sizes.values())))], right=("size",))
+        formatting.table(
+            ("file", "size"), [*rows, ("all", size(sum(sizes.values())))], right=("size",)
+        )
     )
-    print(f"{exported.name}, step {exported.step:,}: {text.shown(folder.resolve())}")
+    print(f"{exported.name}, step {exported.step:,}: {formatting.shown(folder.resolve())}")
     return 0
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from cvae import command_line
 from cvae.command_line import Parser, positive
 from cvae.errors import UserError
-from cvae.export_format import locate
-from cvae.output import check_file
-from workflows import text
+from cvae.files.output_folder import check_file
+from cvae.sampling.export_format import locate
+from workflows.terminal import formatting as text
 
 _MOST = 100
 
@@ -81,8 +81,8 @@ def main(arguments: list[str]) -> int:
     found = [locate(name) for name in (options.run, *(options.latent_map or []))]
 
     # Only now: torch takes seconds to import, and a typing error is answered at once.
-    from cvae.sampling import open_found
-    from workflows import showpieces
+    from cvae.sampling.sampler import open_found
+    from workflows import generate_figures
 
     # A note, as "checkpoint … is damaged", and not a library's line of source code.
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
@@ -90,16 +90,16 @@ def main(arguments: list[str]) -> int:
     if options.seed is not None:
         trained[0] = replace(trained[0], seed=options.seed)
     if options.latent_map is not None:
-        shown = showpieces.latent_maps(trained)
+        shown = generate_figures.latent_maps(trained)
     elif options.reconstruct:
-        shown = showpieces.reconstructions(trained[0], options.n)
+        shown = generate_figures.reconstructions(trained[0], options.n)
     elif options.captions:
-        shown = showpieces.drawings(trained[0], options.captions, options.n)
+        shown = generate_figures.drawings(trained[0], options.captions, options.n)
     else:
-        shown = showpieces.abilities(trained[0], options.n)
+        shown = generate_figures.abilities(trained[0], options.n)
     for line in shown.text:
         print(line)
-    for path in showpieces.save(shown, trained[0], options.out):
+    for path in generate_figures.save(shown, trained[0], options.out):
         print(text.shown(path))
     return 0
 

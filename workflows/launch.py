@@ -9,19 +9,20 @@ the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ct
 
 from pathlib import Path
 
-from cvae import command_line, paths
+from cvae import command_line
 from cvae.command_line import Parser, files_and_overrides, positive
-from cvae.config import Experiment, load_experiment
+from cvae.config.experiment import Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.run_directory import free_name, telling_name
-from slurm import cluster
-from slurm.queue import requeue_warning
-from workflows.follow import follow
-from workflows.plan import default_experiment, plan_launch
-from workflows.run_state import submissions
-from workflows.submission import submit_new
-from workflows.text import shown
-from workflows.time_option import add_time
+from cvae.files import paths
+from cvae.run.directory import free_name, telling_name
+from slurm import cluster_file
+from slurm.job_state import requeue_warning
+from workflows.jobs.follow import follow
+from workflows.jobs.plan import default_experiment, plan_launch
+from workflows.jobs.run_state import submissions
+from workflows.jobs.submission import submit_new
+from workflows.jobs.time_option import add_time
+from workflows.terminal.formatting import shown
 
 
 def parser() -> Parser:
@@ -73,12 +74,12 @@ def main(arguments: list[str]) -> int:
     if len(files) > 1:
         raise UserError(f"one experiment at a time: {' and '.join(files)}; overrides are key=value")
     # Everything that needs no library first: a typing error is answered at once.
-    asked = cluster.split(options.nodes, options.gpus or options.nodes)
+    asked = cluster_file.split(options.nodes, options.gpus or options.nodes)
     if options.cluster:
-        cluster.load(options.cluster)
+        cluster_file.load(options.cluster)
 
     if options.preflight:
-        from workflows.preflight import preflight  # torch: seconds
+        from workflows.jobs.preflight_job import preflight  # torch: seconds
 
         checked = _experiment_to_check(files, overrides)
         return preflight(asked, options.cluster, checked, options.time)
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
     origin = " ".join([shown(file), *overrides])
     changed = {key: value for key, _, value in (word.partition("=") for word in overrides)}
     name = options.name or free_name(telling_name(experiment.name, changed))
-    time = cluster.TimeLimit(options.time)
+    time = cluster_file.TimeLimit(options.time)
     plan = plan_launch(experiment, origin, name, asked, options.cluster, options.dry_run, time)
     print(plan.text(), flush=True)
 

@@ -11,11 +11,12 @@ from contextlib import suppress
 
 import psutil
 
-from cvae import command_line, paths
+from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError, cut
+from cvae.files import paths
 from cvae.redaction import without_password
-from workflows.text import aligned, printable
+from workflows.terminal.formatting import aligned, printable
 
 _FIRST_PORT, _PORTS = 5000, 50
 _PATIENCE_S = 90.0
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
         return 0
     port = _port(asked)
     # MLflow's import takes seconds: not before a port is known to be free.
-    from cvae.training.mlflow_store import create_store
+    from cvae.tracking.mlflow_store import create_store
 
     create_store(uri)
     server = _start(uri, port)

@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 
 from cvae.command_line import Parser, positive, run
-from cvae.data.building import Prepared
-from cvae.data.coco import prepare_coco
-from cvae.data.coco_download import download_coco
-from cvae.data.fashion_mnist import prepare_fashion_mnist
-from cvae.data.scenes_coco import TRAIN_IMAGES, prepare_scenes
 from cvae.data.store import Skipped, store_path
-from cvae.data.text import MINILM
+from cvae.data.text_encoder import MINILM
 from cvae.errors import UserError
-from slurm import cluster
-from workflows import prepare_job
-from workflows.text import duration, shown
-from workflows.time_option import add_time
+from cvae.preparation.coco import prepare_coco
+from cvae.preparation.coco_download import download_coco
+from cvae.preparation.fashion_mnist import prepare_fashion_mnist
+from cvae.preparation.scenes_coco import TRAIN_IMAGES, prepare_scenes
+from cvae.preparation.store_writer import Prepared
+from slurm import cluster_file
+from workflows.jobs import prepare_job
+from workflows.jobs.time_option import add_time
+from workflows.terminal.formatting import duration, shown
 
 _MOST_REASONS = 5
 
@@ -113,7 +113,7 @@ def _prepare_coco(options: argparse.Namespace) -> Prepared:
     fill = None
     if options.nodes or options.gpus or options.cluster or options.time:
         nodes = options.nodes or 1
-        asked = cluster.split(nodes, options.gpus or nodes)
+        asked = cluster_file.split(nodes, options.gpus or nodes)
         fill = prepare_job.filler(asked, options.cluster, options.time)
     if options.download:
         download_coco(options.root, options.split)

@@ -8,23 +8,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cvae import command_line, paths
+from cvae import command_line
 from cvae.command_line import Parser, positive
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory, all_runs
-from cvae.training import mlflow_mirror
-from slurm import cluster, queue
-from slurm.files import log_file
-from workflows.follow import follow
-from workflows.grace import grace_fact, measured_save_s
-from workflows.plan import locate
-from workflows.run_state import last_submission, run_state
-from workflows.run_view import list_text, show_text
-from workflows.submission import code_fact, note_cancelled, submit
+from cvae.files import paths
+from cvae.run.directory import RunDirectory, all_runs
+from cvae.tracking import mlflow_mirror
+from slurm import cluster_file, job_state
+from slurm.job_files import log_file
+from workflows.jobs.checkpoint_notice import grace_fact, measured_save_s
+from workflows.jobs.follow import follow
+from workflows.jobs.plan import locate
+from workflows.jobs.run_state import last_submission, run_state
+from workflows.jobs.submission import code_fact, note_cancelled, submit
+from workflows.jobs.time_option import add_time
+from workflows.listing.run_view import list_text, show_text
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory
-from workflows.text import aligned, shown
-from workflows.time_option import add_time
+from workflows.terminal.formatting import aligned, shown
 
 _SAVE_PATIENCE_S = 60.0
 
@@ -100,7 +101,7 @@ def _logs(options: Any) -> int:
     position = 0
     while True:
         # Asked before reading, so that the last words are read too.
-        alive = options.follow and queue.look(last).alive
+        alive = options.follow and job_state.look(last).alive
         if file.exists():
             with file.open(errors="replace") as log:
                 log.seek(position)
@@ -120,7 +121,7 @@ def _cancel(options: Any) -> int:
     if last is None or not (state.job.alive or state.status == "unknown"):
         raise UserError(f"{run.name} is {state.status}: there is nothing to cancel")
     note_cancelled(run, time.time())
-    job = queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+    job = job_state.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
         print(f"{run.name}: whether {last.where} has ended is not known: {job.reason or job.word}")
         return 1
@@ -135,13 +136,13 @@ def _resume(options: Any) -> int:
     nodes = options.nodes or (last.nodes if last and not options.gpus else 1)
     gpus = options.gpus or (last.gpus if last and not options.nodes else nodes)
     name = options.cluster or (last.cluster if last else None)
-    time_limit = cluster.TimeLimit(options.time)
-    place, placement, facts = locate(cluster.split(nodes, gpus), name, False, time_limit)
+    time_limit = cluster_file.TimeLimit(options.time)
+    place, placement, facts = locate(cluster_file.split(nodes, gpus), name, False, time_limit)
     save_s = measured_save_s(run.journal_file)
     if save_s is not None and place.config.executor == "slurm":
         facts.append(grace_fact(place, save_s, "measured"))
     submission = submit(run, place, placement, gpus, force=options.force)
-    if warning := queue.requeue_warning(submission):
+    if warning := job_state.requeue_warning(submission):
         facts.append(("warning", warning))
     print(aligned([("run", run.name), *facts, ("code", code_fact(run))]), flush=True)
     if options.detach:

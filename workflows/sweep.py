@@ -15,17 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cvae import command_line, paths
+from cvae import command_line
 from cvae.command_line import Parser, files_and_overrides, positive
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
-from cvae.run_directory import check_new_name, free_name
-from slurm import cluster, queue, tries
-from workflows.sweeps.config import load_sweep
+from cvae.files import paths
+from cvae.run.directory import check_new_name, free_name
+from slurm import attempts, cluster_file, job_state
+from workflows.jobs.time_option import add_time
 from workflows.sweeps.directory import SweepDirectory
-from workflows.text import aligned, shown
-from workflows.time_option import add_time
+from workflows.sweeps.sweep_file import load_sweep
+from workflows.terminal.formatting import aligned, shown
 
 # More than a driver gets that is told to stop, and Ray and the mirror after it.
 _SAVE_PATIENCE_S = 150.0
@@ -85,21 +86,21 @@ def main(arguments: list[str]) -> int:
     seats, where = _seats(options, loaded.experiment)
     name = options.name or free_name(loaded.sweep.name, paths.sweeps_dir())
 
-    from workflows.submission import locked
-    from workflows.sweeps import launching, view
+    from workflows.jobs.submission import locked
+    from workflows.sweeps import live_view, submission
 
-    facts = launching.facts_of(loaded, seats, name)
+    facts = submission.facts_of(loaded, seats, name)
     origin = " ".join([shown(Path(files[0])), *overrides])
     start = [("sweep", f"{name}, from {origin}"), ("experiment", loaded.sweep.experiment)]
     print(aligned([*start, *where, *facts]), flush=True)
     if options.dry_run:
-        script = launching.sbatch_script(name, seats)
+        script = submission.sbatch_script(name, seats)
         print(f"\n{script}" if script else "\n(dry run: nothing was started)")
         return 0
     sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
     try:
         with locked(sweep.path):
-            launching.submit(sweep, seats, options.address)
+            submission.submit(sweep, seats, options.address)
     except BaseException:
         if not sweep.submissions():
             shutil.rmtree(sweep.path, ignore_errors=True)
@@ -108,16 +109,16 @@ def main(arguments: list[str]) -> int:
     if options.detach:
         print(f"submitted; watch it: python workflows/sweep.py --resume {sweep.name}")
         return 0
-    return view.follow(sweep)
+    return live_view.follow(sweep)
 
 
 def _resumed(sweep: SweepDirectory, options: Any) -> int:
-    from workflows.submission import locked
-    from workflows.sweeps import view
+    from workflows.jobs.submission import locked
+    from workflows.sweeps import live_view
 
     with locked(sweep.path):
         watch = _resume(sweep, options)
-    return view.follow(sweep) if watch else 0
+    return live_view.follow(sweep) if watch else 0
 
 
 def _resume(sweep: SweepDirectory, options: Any) -> bool:
@@ -126,17 +127,17 @@ def _resume(sweep: SweepDirectory, options: Any) -> bool:
         raise UserError(
             f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
         )
-    from workflows.submission import unknown
-    from workflows.sweeps import launching, mirror, view
+    from workflows.jobs.submission import unknown
+    from workflows.sweeps import live_view, mirror, submission
 
     last = sweep.submissions()[-1] if sweep.submissions() else None
-    job = queue.look(last) if last is not None else None
+    job = job_state.look(last) if last is not None else None
     if last is not None and job is not None and job.phase == "unknown" and not options.force:
         raise UserError(unknown(sweep.name, last, job))
     if last is not None and job is not None and job.alive:
         print(f"{sweep.name} is at work ({last.where})", flush=True)
         return True
-    if last is not None and view.is_finished(sweep):
+    if last is not None and live_view.is_finished(sweep):
         print(f"{sweep.name} is finished: {len(sweep.trials())} trials", flush=True)
         mirror.sync(sweep)  # what MLflow may have missed at the end
         return False
@@ -149,21 +150,21 @@ def _resume(sweep: SweepDirectory, options: Any) -> bool:
         options.cluster = options.cluster or last.cluster
     seats, where = _seats(options, sweep.experiment())
     print(aligned([("sweep", sweep.name), *where]), flush=True)
-    launching.submit(sweep, seats, options.address)
+    submission.submit(sweep, seats, options.address)
     return not options.detach
 
 
 def _cancel(sweep: SweepDirectory) -> int:
     if not sweep.submissions():
         raise UserError(f"{sweep.name} was never submitted")
-    from workflows.submission import locked
+    from workflows.jobs.submission import locked
 
     with locked(sweep.path):
         last = sweep.submissions()[-1]
-        if queue.look(last).phase == "ended":
+        if job_state.look(last).phase == "ended":
             raise UserError(f"{sweep.name} does not run: there is nothing to cancel")
-        tries.mark_cancelled(sweep.logs, last.job_id)
-    job = queue.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
+        attempts.mark_cancelled(sweep.logs, last.job_id)
+    job = job_state.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
         print(
             f"{sweep.name}: whether {last.where} has ended is not known: {job.reason or job.word}"
@@ -176,26 +177,26 @@ def _cancel(sweep: SweepDirectory) -> int:
 def _seats(options: Any, experiment: Experiment) -> tuple[Any, Any]:
     # Before torch is imported, which takes seconds.
     open_store(experiment.data.name, experiment.data.image_size)
-    from workflows.plan import locate
-    from workflows.sweeps.launching import Seats, check_seats
+    from workflows.jobs.plan import locate
+    from workflows.sweeps.submission import Seats, check_seats
 
     if options.address is not None:
         if options.cluster or options.nodes or options.gpus:
             raise UserError("--address: the Ray cluster there has its own nodes and GPUs")
         # Only the driver runs here.
-        place, placement, _ = locate(cluster.Placement(1, 1), "local", options.dry_run)
+        place, placement, _ = locate(cluster_file.Placement(1, 1), "local", options.dry_run)
         seats = Seats(place, placement, options.gpus_per_trial or 1.0)
         return seats, [("where", f"the Ray cluster at {options.address}, its driver here")]
-    place = cluster.choose(options.cluster)
+    place = cluster_file.choose(options.cluster)
     nodes = options.nodes or 1
     many = 4096 if place.config.executor == "local" else nodes
-    asked = cluster.split(nodes, options.gpus or many)
-    time_limit = cluster.TimeLimit(options.time)
+    asked = cluster_file.split(nodes, options.gpus or many)
+    time_limit = cluster_file.TimeLimit(options.time)
     place, placement, where = locate(asked, options.cluster, options.dry_run, time_limit)
     if options.gpus is None:
         where = [(name, text.splitlines()[0]) for name, text in where]
     seats = Seats(place, placement, options.gpus_per_trial or 1.0)
-    check_seats(seats, place.config.executor == "slurm" or cluster.gpus_here() > 0)
+    check_seats(seats, place.config.executor == "slurm" or cluster_file.gpus_here() > 0)
     return seats, where
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cvae.config import Experiment
-from cvae.data.building import progress_bar
-from cvae.data.order import choose_fraction
+from cvae.config.experiment import Experiment
+from cvae.data.draws import choose_fraction
 from cvae.data.store import Split, Store, open_store, text_file
-from cvae.data.verified import Verified
+from cvae.data.verified_checksums import Verified
 from cvae.errors import UserError
 from cvae.models.backbone import ImageShape
+from cvae.progress import progress_bar
 
 # Numbers that are in memory at once as fp64.
 _CHUNK = 1 << 20

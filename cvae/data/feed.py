@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cvae.data.draws import Batch, BatchOrder
 from cvae.data.experiment_data import ExperimentData
-from cvae.data.order import Batch, BatchOrder
 from cvae.data.store import Split
 
 _AHEAD = 2

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from cvae.data.rows import LARGE, RowReader
-from cvae.data.verified import Verified, file_sha256
+from cvae.data.row_reader import LARGE, RowReader
+from cvae.data.verified_checksums import Verified, file_sha256
 from cvae.errors import UserError
-from cvae.paths import data_dir, printable
+from cvae.files.paths import data_dir, printable
 
 __all__ = ["FileEntry", "Manifest", "Store", "file_sha256", "open_store"]
 

@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 
 from cvae.data.store import Split
 from cvae.errors import UserError
-from cvae.grids import MARGIN, PAPER, enlarge
-from cvae.inference import sample
-from cvae.lettering import FONT_SIZE, TEXT, font, wrap, write_lines
-from cvae.sampling import Trained
+from cvae.sampling.grids import MARGIN, PAPER, enlarge
+from cvae.sampling.inference import sample
+from cvae.sampling.lettering import FONT_SIZE, TEXT, font, wrap, write_lines
+from cvae.sampling.sampler import Trained
 
 N_SCENES = 32
 _COLUMNS = 4

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cvae.data.building import progress_bar
 from cvae.data.experiment_data import ExperimentData
 from cvae.data.store import file_sha256
 from cvae.errors import UserError
+from cvae.files.paths import write_atomically
 from cvae.models.backbone import ImageShape
 from cvae.models.cvae import to_unit
-from cvae.paths import write_atomically
+from cvae.progress import progress_bar
 
 _EPOCHS, _BATCH, _LR, _SEED = 3, 128, 4e-3, 0
 

@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import Batch, eval_blocks
 from cvae.data.experiment_data import ExperimentData
 from cvae.data.feed import micro_batches
-from cvae.data.order import Batch, eval_blocks
 from cvae.data.store import Split
-from cvae.inference import Parts
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
-from cvae.training import precision
-from cvae.training.ranks import Ranks
+from cvae.sampling.inference import Parts
 
 
 def evaluate_elbo(

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cvae.errors import UserError
-from cvae.evaluation.subject import Part, Subject
-from cvae.inference import to_bytes
+from cvae.evaluation.evaluation_input import Part, Subject
 from cvae.models.cvae import to_unit
+from cvae.sampling.inference import to_bytes
 
 _SEED = 0
 _STATES = tuple(

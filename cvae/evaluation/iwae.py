@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from cvae.data.order import binarised, iwae_noise
-from cvae.evaluation.subject import Part, Subject
-from cvae.inference import Parts, memory_for_images, memory_of_an_image
+from cvae.data.draws import binarised, iwae_noise
+from cvae.evaluation.evaluation_input import Part, Subject
+from cvae.sampling.inference import Parts, memory_for_images, memory_of_an_image
 
 _IMAGES_AT_ONCE = 2_048  # decoded: of all draws of some images
 _PIXELS_AT_ONCE = 2**23

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cvae.data.building import progress_bar
 from cvae.errors import UserError
-from cvae.inference import encode
-from cvae.sampling import Trained
+from cvae.progress import progress_bar
+from cvae.sampling.inference import encode
+from cvae.sampling.sampler import Trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

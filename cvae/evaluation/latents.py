@@ -5,8 +5,8 @@ import math
 import numpy as np
 import torch
 
+from cvae.evaluation.evaluation_input import Part, Subject
 from cvae.evaluation.latent_map import linear_probe
-from cvae.evaluation.subject import Part, Subject
 from cvae.models.cvae import to_unit
 
 _ACTIVE = 0.01

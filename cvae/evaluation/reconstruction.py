@@ -11,10 +11,10 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from cvae.evaluation.subject import Part, Subject
-from cvae.grids import labelled_grid
-from cvae.inference import reconstruct
+from cvae.evaluation.evaluation_input import Part, Subject
 from cvae.models.cvae import to_unit
+from cvae.sampling.grids import labelled_grid
+from cvae.sampling.inference import reconstruct
 
 _SHOWN = 8
 

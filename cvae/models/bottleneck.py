@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import Moments
 from cvae.models.fusion import build_fusion
 
@@ -15,7 +15,7 @@ class ToMoments(nn.Module):
 
     def __init__(
         self,
-        model: config.Model,
+        model: experiment.Model,
         maps: tuple[int, int, int],
         stages: Sequence[int],
         condition_dim: int,
@@ -44,7 +44,7 @@ class FromLatent(nn.Module):
 
     def __init__(
         self,
-        model: config.Model,
+        model: experiment.Model,
         maps: tuple[int, int, int],
         stages: Sequence[int],
         condition_dim: int,
@@ -67,5 +67,5 @@ class FromLatent(nn.Module):
         return projected.reshape(-1, *self.maps)
 
 
-def _latent_shape(model: config.Model, maps: tuple[int, int, int]) -> tuple[int, ...]:
+def _latent_shape(model: experiment.Model, maps: tuple[int, int, int]) -> tuple[int, ...]:
     return (model.latent_dim, *maps[1:]) if model.is_spatial else (model.latent_dim,)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.bottleneck import FromLatent, ToMoments
 
@@ -19,7 +19,7 @@ def stage_widths(width: int) -> list[int]:
 class ConvEncoder(nn.Module):
     """Four convolutions (kernel 4, stride 2), each doubling the channels, then condition → μ, log σ²."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         channels, height, breadth = shape
         widths = stage_widths(model.conv.width)
@@ -43,7 +43,7 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Latent and condition → linear → four transposed convolutions, each halving the channels."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         channels, height, breadth = shape
         widths = stage_widths(model.conv.width)[::-1]
@@ -63,6 +63,6 @@ class ConvDecoder(nn.Module):
 
 
 def build(
-    model: config.Model, shape: ImageShape, condition_dim: int
+    model: experiment.Model, shape: ImageShape, condition_dim: int
 ) -> tuple[ConvEncoder, ConvDecoder]:
     return ConvEncoder(model, shape, condition_dim), ConvDecoder(model, shape, condition_dim)

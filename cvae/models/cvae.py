@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.likelihood import LIKELIHOODS
 from cvae.models.prior import PRIORS, Prior, normal_log_prob
@@ -37,7 +37,7 @@ class Cvae(nn.Module):
     condition_mean: Tensor
     condition_std: Tensor
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         """shape: channels, height, width of an image. condition_dim: 0 where model.condition is none."""
         super().__init__()
         self.shape, self.condition_dim = shape, condition_dim
@@ -132,7 +132,7 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def build_model(model: config.Model, shape: ImageShape, condition_dim: int, seed: int) -> Cvae:
+def build_model(model: experiment.Model, shape: ImageShape, condition_dim: int, seed: int) -> Cvae:
     """A freshly initialised model; its weights are a function of the arguments alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.bottleneck import FromLatent, ToMoments
 
@@ -19,7 +19,7 @@ _MAP_CHANNELS = 4
 class _Side(nn.Module):
     """What encoder and decoder share: how a block is run."""
 
-    def __init__(self, model: config.Model):
+    def __init__(self, model: experiment.Model):
         super().__init__()
         self.gradient_checkpointing = model.ldm.gradient_checkpointing
 
@@ -33,7 +33,7 @@ class _Side(nn.Module):
 class LdmEncoder(_Side):
     """ResNet blocks and mid attention, then condition → μ, log σ²; images are centred as published."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__(model)
         channels, height, breadth = shape
         map_channels = model.latent_dim if model.is_spatial else _MAP_CHANNELS
@@ -62,7 +62,7 @@ class LdmEncoder(_Side):
 class LdmDecoder(_Side):
     """Latent and condition → mid attention and ResNet blocks → an image in [−1, 1], not clamped."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__(model)
         channels, height, breadth = shape
         widths = model.ldm.block_out_channels[::-1]
@@ -92,7 +92,7 @@ class LdmDecoder(_Side):
         return output
 
 
-def _blocks(model: config.Model) -> dict[str, Any]:
+def _blocks(model: experiment.Model) -> dict[str, Any]:
     return {
         "block_out_channels": model.ldm.block_out_channels,
         "layers_per_block": model.ldm.layers_per_block,
@@ -101,6 +101,6 @@ def _blocks(model: config.Model) -> dict[str, Any]:
 
 
 def build(
-    model: config.Model, shape: ImageShape, condition_dim: int
+    model: experiment.Model, shape: ImageShape, condition_dim: int
 ) -> tuple[LdmEncoder, LdmDecoder]:
     return LdmEncoder(model, shape, condition_dim), LdmDecoder(model, shape, condition_dim)

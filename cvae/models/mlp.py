@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.fusion import build_fusion
 
@@ -12,7 +12,7 @@ from cvae.models.fusion import build_fusion
 class MlpEncoder(nn.Module):
     """Pixels and condition → hidden layer → μ, log σ²."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         hidden_dim = model.mlp.hidden_dim
         self.latent_shape = (model.latent_dim,)
@@ -30,7 +30,7 @@ class MlpEncoder(nn.Module):
 class MlpDecoder(nn.Module):
     """Latent and condition → hidden layer → pixels."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         self.shape, hidden_dim = shape, model.mlp.hidden_dim
         self.fusion = build_fusion(model.fusion, (model.latent_dim,), (hidden_dim,), condition_dim)
@@ -46,6 +46,6 @@ class MlpDecoder(nn.Module):
 
 
 def build(
-    model: config.Model, shape: ImageShape, condition_dim: int
+    model: experiment.Model, shape: ImageShape, condition_dim: int
 ) -> tuple[MlpEncoder, MlpDecoder]:
     return MlpEncoder(model, shape, condition_dim), MlpDecoder(model, shape, condition_dim)

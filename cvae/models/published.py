@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.errors import UserError
 from cvae.hub import model_folder
 from cvae.models.cvae import Cvae
@@ -22,7 +22,7 @@ _PLACES = {
 }
 
 
-def load_published(model: Cvae, settings: config.Model, source: str) -> None:
+def load_published(model: Cvae, settings: experiment.Model, source: str) -> None:
     """Copies AutoencoderKL's weights into a spatial ldm model; at first the text then says nothing.
 
     Raises UserError as published_folder does, and where the weights are damaged.
@@ -57,7 +57,7 @@ def load_published(model: Cvae, settings: config.Model, source: str) -> None:
     assert not result.unexpected_keys
 
 
-def published_folder(settings: config.Model, channels: int, source: str) -> Path:
+def published_folder(settings: experiment.Model, channels: int, source: str) -> Path:
     """Where the files of an AutoencoderKL are whose sizes are those of `settings`; fetched if need be.
 
     source: a folder as save_pretrained writes it (or one with such a folder vae/ in it), or a name on the
@@ -101,7 +101,7 @@ def _unreadable(source: str, folder: Path, error: Exception) -> UserError:
     )
 
 
-def _check_sizes(published: Any, settings: config.Model, channels: int, where: str) -> None:
+def _check_sizes(published: Any, settings: experiment.Model, channels: int, where: str) -> None:
     ours = {
         "model.ldm.block_out_channels": list(settings.ldm.block_out_channels),
         "model.ldm.layers_per_block": settings.ldm.layers_per_block,

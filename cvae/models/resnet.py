@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cvae import config
+from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.bottleneck import FromLatent, ToMoments
 from cvae.models.conv import STAGES, stage_widths
@@ -45,7 +45,7 @@ def _blocks(channels: int, count: int) -> nn.Sequential:
 class ResnetEncoder(nn.Module):
     """Four stages, each a strided convolution and residual blocks, then condition → μ, log σ²."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         channels, height, breadth = shape
         widths = stage_widths(model.resnet.width)
@@ -73,7 +73,7 @@ class ResnetEncoder(nn.Module):
 class ResnetDecoder(nn.Module):
     """The encoder's mirror: latent and condition → four stages of residual blocks and a doubling."""
 
-    def __init__(self, model: config.Model, shape: ImageShape, condition_dim: int):
+    def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
         channels, height, breadth = shape
         widths = stage_widths(model.resnet.width)[::-1]
@@ -98,6 +98,6 @@ class ResnetDecoder(nn.Module):
 
 
 def build(
-    model: config.Model, shape: ImageShape, condition_dim: int
+    model: experiment.Model, shape: ImageShape, condition_dim: int
 ) -> tuple[ResnetEncoder, ResnetDecoder]:
     return ResnetEncoder(model, shape, condition_dim), ResnetDecoder(model, shape, condition_dim)

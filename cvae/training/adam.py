@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cvae.config import Optimizer
+from cvae.config.experiment import Optimizer
 
 
 def build_adam(model: nn.Module, options: Optimizer) -> torch.optim.AdamW:

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data.feed import MicroBatch
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae, Elbo
-from cvae.training import precision, zero
+from cvae.run.checkpoint import Snapshot, Tensors
+from cvae.training import zero_state
 from cvae.training.adam import build_adam
-from cvae.training.checkpoint import Snapshot, Tensors
 from cvae.training.ema import copy_buffers, update_average
-from cvae.training.ranks import Ranks
 
 
 class DeepSpeedEngine:
@@ -56,7 +57,7 @@ class DeepSpeedEngine:
         self.outline = copy.deepcopy(self.model).requires_grad_(False).to("meta")
         self._whole: Cvae | None = None
         self.engine, self.zero = self._initialize()
-        self.storage = zero.STORAGE[self.stage](self.adam, self.zero)
+        self.storage = zero_state.STORAGE[self.stage](self.adam, self.zero)
         self.ema_shards: dict[str, Tensor] = {}
         if self.stage == 3 and self.ema is not None:
             self.ema = None
@@ -77,7 +78,7 @@ class DeepSpeedEngine:
             for name, parameter in self.model.named_parameters():
                 own: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 shard = self.ema_shards.get(name, own)
-                whole[name].data.copy_(zero.share_shards(parameter, shard))
+                whole[name].data.copy_(zero_state.share_shards(parameter, shard))
         return self._whole
 
     def settle(self, batch: Sequence[MicroBatch]) -> None:
@@ -133,10 +134,10 @@ class DeepSpeedEngine:
             _keep(model, name, self.storage.weight(parameter))
             if known:
                 optimizer[f"step.{name}"] = self.storage.updates().clone()
-                for key in zero.STATES:
+                for key in zero_state.STATES:
                     _keep(optimizer, f"{key}.{name}", self.storage.state(parameter, key))
             if name in self.ema_shards:
-                _keep(ema, name, zero.gather_shards(parameter, self.ema_shards[name]))
+                _keep(ema, name, zero_state.gather_shards(parameter, self.ema_shards[name]))
         model.update(self.model.named_buffers())
         if self.ema is not None:
             ema = dict(self.ema.state_dict())
@@ -152,11 +153,11 @@ class DeepSpeedEngine:
         for name, parameter in self.model.named_parameters():
             self.storage.put_weight(parameter, saved[name])
             if f"step.{name}" in states:
-                parts = {key: states[f"{key}.{name}"] for key in ("step", *zero.STATES)}
+                parts = {key: states[f"{key}.{name}"] for key in ("step", *zero_state.STATES)}
                 self.storage.put_state(parameter, parts)
             if name in self.ema_shards:
                 whole = snapshot.tensors["ema"][name]
-                self.ema_shards[name].copy_(zero.shard_of(parameter, whole))
+                self.ema_shards[name].copy_(zero_state.shard_of(parameter, whole))
         self.storage.settle()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(saved[name])

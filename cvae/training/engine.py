@@ -6,13 +6,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data.feed import MicroBatch
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.models.cvae import Cvae
-from cvae.training import precision
-from cvae.training.checkpoint import Snapshot
-from cvae.training.ranks import Ranks
+from cvae.run.checkpoint import Snapshot
 
 
 class Engine(Protocol):
@@ -63,7 +63,7 @@ def build_engine(model: Cvae, experiment: Experiment, ranks: Ranks) -> Engine:
         from cvae.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, experiment, ranks)
-    from cvae.training.ddp import DdpEngine
+    from cvae.training.ddp_engine import DdpEngine
 
     return DdpEngine(model, experiment, ranks)
 

@@ -2,7 +2,7 @@
 
 import math
 
-from cvae.config import Model, Optimizer
+from cvae.config.experiment import Model, Optimizer
 
 
 def learning_rate(optimizer: Optimizer, step: int, total_steps: int) -> float:

@@ -6,7 +6,7 @@ from contextlib import suppress
 import psutil
 import torch
 
-from cvae.training.device import gpu_metrics
+from cvae.distributed.device import gpu_metrics
 
 _INTERVAL_S = 10.0
 

@@ -8,26 +8,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cvae import pictures
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.data.feed import micro_batches, training_feed
-from cvae.data.order import BatchOrder
+from cvae.distributed.precision import before_cuda
+from cvae.distributed.ranks import Ranks, connect
+from cvae.distributed.watchdog import Watchdog, watched
 from cvae.errors import UserError, in_words
 from cvae.evaluation.elbo import evaluate_elbo
 from cvae.models.cvae import build_model
 from cvae.models.published import load_published
-from cvae.run_directory import RunDirectory
-from cvae.training import checkpoint, preflight
+from cvae.preflight import inspection
+from cvae.run import checkpoint
+from cvae.run.directory import RunDirectory
+from cvae.run.provenance import facts
+from cvae.run.training_lock import exclusively
+from cvae.sampling import pictures
 from cvae.training.engine import build_engine
-from cvae.training.lock import exclusively
-from cvae.training.meter import SKIPPED_AT_MOST, Meter
-from cvae.training.precision import before_cuda
-from cvae.training.provenance import facts
-from cvae.training.ranks import Ranks, connect
-from cvae.training.record import Record, open_record
+from cvae.training.rates import SKIPPED_AT_MOST, Meter
+from cvae.training.run_logger import Record, open_record
 from cvae.training.schedule import kl_weight, learning_rate
-from cvae.training.watchdog import Watchdog, watched
 
 
 class Outcome(NamedTuple):
@@ -89,11 +90,11 @@ def _train(
     stop: StopFlag,
     watchdog: Watchdog,
 ) -> Outcome:
-    data = preflight.everywhere(ranks, lambda: open_data(experiment))
+    data = inspection.everywhere(ranks, lambda: open_data(experiment))
     _check_fit(run, experiment, data, ranks, record)
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
-    need = preflight.need_of(experiment, model, ranks.world_size, run.checkpoints, record.begun)
-    record.preflight(preflight.check(run.checkpoints, ranks, need, data.digest))
+    need = inspection.need_of(experiment, model, ranks.world_size, run.checkpoints, record.begun)
+    record.preflight(inspection.check(run.checkpoints, ranks, need, data.digest))
     if experiment.model.standardize_condition:
         # One rank reads all of the embeddings; the others would, too, from the same file system.
         statistics = ranks.tell(data.text_statistics() if ranks.is_first else None)

@@ -7,8 +7,8 @@ import pytest
 
 from analysis.claims import CLAIMS, MARGIN, _no_better, _row, judge
 from analysis.intervals import config_keys, interval
-from analysis.journals import with_defaults
-from analysis.material import MEANING
+from analysis.report_data import MEANING
+from analysis.run_folders import with_defaults
 
 
 def run(name: str, seed: int, loss: float, **keys: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from analysis import report
-from cvae.run_directory import RunDirectory
-from cvae.training.journal import Journal
-from tests.trained import make_run
+from cvae.run.directory import RunDirectory
+from cvae.run.journal import Journal
+from tests.helpers.trained_runs import make_run
 
 EVIL = '<script>alert("x")</script> $\\frac{$ {{ 7*7 }} & \x1b[31m \x00 \ud800 🦊'
 

@@ -8,12 +8,12 @@ import pytest
 
 import analysis
 from analysis import report
-from analysis.material import Material
+from analysis.report_data import Material
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training.journal import Journal
+from cvae.run.directory import RunDirectory
+from cvae.run.journal import Journal
 from tests.conftest import PROJECT_ROOT
-from tests.trained import make_run
+from tests.helpers.trained_runs import make_run
 
 EVIL = '<script>alert("x")</script> 🦊'
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from slurm.testcluster import Cluster, ClusterError, missing
+from tests.testcluster import Cluster, ClusterError, missing
 
 
 @pytest.fixture(scope="session")

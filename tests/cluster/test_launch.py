@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvae.data.fashion_mnist import DEBIAN_FOLDER, prepare_fashion_mnist
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import cluster as clusters
-from slurm import executors, queue
-from slurm.cluster import ClusterConfig, Place, Placement
-from slurm.evidence import first_failure
+from cvae.preparation.fashion_mnist import DEBIAN_FOLDER, prepare_fashion_mnist
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import cluster_file as clusters
+from slurm import executors, job_state
+from slurm.cluster_file import ClusterConfig, Place, Placement
 from slurm.executors import Job
-from slurm.queue import Submission
-from slurm.testcluster import Cluster
+from slurm.failure_diagnosis import first_failure
+from slurm.job_state import Submission
 from tests.conftest import PROJECT_ROOT, tiny_experiment
+from tests.testcluster import Cluster
 from workflows import launch, runs
 
 pytestmark = pytest.mark.cluster
@@ -60,7 +60,7 @@ def place(cluster: Cluster) -> Place:
 
 
 def submit(function: str, folder: Path, place: Place) -> Submission:
-    target = f"tests.slurm.targets:{function}"
+    target = f"tests.helpers.job_targets:{function}"
     env = {"PYTHONPATH": str(PROJECT_ROOT), "MLFLOW_TRACKING_URI": URI}
     job = Job("test", folder, target, (folder,), env)
     return executors.submit(job, place, Placement(2, 2), gpus=4)
@@ -73,7 +73,7 @@ def test_ranks_are_told_their_place(
     for name in ("SBATCH_EXPORT", "SLURM_EXPORT_ENV"):
         monkeypatch.setenv(name, "NONE")
     submission = submit("report", tmp_path, place)
-    until(lambda: not queue.look(submission).alive)
+    until(lambda: not job_state.look(submission).alive)
     told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [facts["RANK"] for facts in told] == ["0", "1", "2", "3"]
     assert [facts["LOCAL_RANK"] for facts in told] == ["0", "1", "0", "1"]
@@ -85,16 +85,16 @@ def test_ranks_are_told_their_place(
         # All of its node's GPUs, not just the one of its local rank.
         assert len(facts["CUDA_VISIBLE_DEVICES"].split(",")) == 2
     assert len({facts["MASTER_PORT"] for facts in told}) == 1
-    assert queue.look(submission).word == "COMPLETED"
+    assert job_state.look(submission).word == "COMPLETED"
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(place: Place, tmp_path: Path) -> None:
     submission = submit("last_dies", tmp_path, place)
-    until(lambda: not queue.look(submission).alive, seconds=60)
+    until(lambda: not job_state.look(submission).alive, seconds=60)
     failure = first_failure(tmp_path, submission.job_id)
     assert failure is not None
     assert (failure.rank, failure.host, failure.how) == (3, "cvae-node2", "Killed")
-    assert queue.look(submission).word == "FAILED"
+    assert job_state.look(submission).word == "FAILED"
 
 
 def test_a_queued_run_tells_why_it_waits_and_can_be_cancelled(

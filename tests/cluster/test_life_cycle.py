@@ -10,19 +10,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cvae.config import Experiment
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import cluster as clusters
-from slurm import queue, tries
-from slurm.cluster import Place, Placement
-from slurm.testcluster import Cluster
-from slurm.tries import Try
+from cvae.config.experiment import Experiment
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import attempts, job_state
+from slurm import cluster_file as clusters
+from slurm.attempts import Try
+from slurm.cluster_file import Place, Placement
 from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
+from tests.testcluster import Cluster
 from workflows import runs
-from workflows.run_state import last_submission
-from workflows.submission import submit_new
+from workflows.jobs.run_state import last_submission
+from workflows.jobs.submission import submit_new
 
 pytestmark = pytest.mark.cluster
 
@@ -45,7 +45,7 @@ def rank_process(run: RunDirectory, rank: int) -> psutil.Process:
 def told(run: RunDirectory) -> list[Try]:
     submission = last_submission(run)
     assert submission is not None
-    return tries.read(run.logs, submission.job_id)
+    return attempts.read(run.logs, submission.job_id)
 
 
 def lines(run: RunDirectory, kind: str) -> list[dict]:  # type: ignore[type-arg]
@@ -55,7 +55,7 @@ def lines(run: RunDirectory, kind: str) -> list[dict]:  # type: ignore[type-arg]
 def end(run: RunDirectory) -> None:
     """A test that has failed leaves no job behind that goes on for ever."""
     submission = last_submission(run)
-    if submission is not None and queue.look(submission).alive:
+    if submission is not None and job_state.look(submission).alive:
         runs.main(["cancel", run.name])
 
 
@@ -129,7 +129,7 @@ def test_preempted_crashed_and_cancelled(
     assert runs.main(["cancel", "r"]) == 0
     submission = last_submission(run)
     assert submission is not None
-    until(lambda: not queue.look(submission).alive)
+    until(lambda: not job_state.look(submission).alive)
     assert (told(run)[-1].cause, told(run)[-1].restarts) == ("cancelled", False)
     assert os.listdir(run.checkpoints)
     capsys.readouterr()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import queue
-from slurm.testcluster import Cluster
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import job_state
 from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
+from tests.testcluster import Cluster
 from workflows import sweep as sweep_command
 from workflows.sweeps.directory import SweepDirectory, Trial
 
@@ -36,7 +36,7 @@ def sweep(
     assert sweep_command.main([str(home / "sweep.yaml"), *words]) == 0
     sweep = SweepDirectory.open("s")
     yield sweep
-    if queue.look(sweep.submissions()[-1]).alive:
+    if job_state.look(sweep.submissions()[-1]).alive:
         sweep_command.main(["--cancel", "s"])
 
 
@@ -57,7 +57,7 @@ def test_trials_of_a_lost_node_move(sweep: SweepDirectory, cluster: Cluster) -> 
     try:
         until(lambda: len(ended(sweep)) == 6, 200)
         over = time.monotonic()
-        until(lambda: not queue.look(submission).alive, 30)  # Ray by itself would wait 60 s
+        until(lambda: not job_state.look(submission).alive, 30)  # Ray by itself would wait 60 s
         print(f"gone after {time.monotonic() - over:.1f} s", file=sys.stderr)
     finally:
         lost.power_on()

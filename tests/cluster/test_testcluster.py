@@ -13,8 +13,8 @@ import pytest
 import submitit
 
 from cvae.errors import UserError
-from slurm.testcluster import Cluster, ClusterError, missing, settings
-from slurm.testcluster import cluster as module
+from tests.testcluster import Cluster, ClusterError, missing, settings
+from tests.testcluster import cluster as module
 
 pytestmark = pytest.mark.cluster
 
@@ -105,7 +105,7 @@ def test_down_leaves_no_trace(second: Cluster) -> None:
 
 def test_down_cleans_up_after_a_killed_up(second: Cluster) -> None:
     traces = Traces()
-    code = "from slurm.testcluster import Cluster; Cluster('cvae-testcluster-2', '10.213.78').up()"
+    code = "from tests.testcluster import Cluster; Cluster('cvae-testcluster-2', '10.213.78').up()"
     up = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     wait_for((second.state / "slurmdbd.pid").exists, 30, "a cluster half up")
     up.send_signal(signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_without_root_or_packages_one_line_and_status_2(
     second: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not by another user, who might not even be allowed to read this Python.
-    code = "import os, sys; from slurm.testcluster.__main__ import main; os.seteuid(65534);"
+    code = "import os, sys; from tests.testcluster.__main__ import main; os.seteuid(65534);"
     code += " sys.argv = ['testcluster', 'up']; sys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (2, "error: the test cluster needs root\n")

@@ -14,7 +14,7 @@ from tests.conftest import PROJECT_ROOT
 # A script of ours in miniature: it starts in a tenth of the others' time.
 _SCRIPT = """
 import os, sys
-from cvae import command_line, paths
+from cvae import command_line; from cvae.files import paths
 from cvae.errors import UserError
 
 def main(words):

@@ -9,18 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cvae import inference
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data import feed
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import open_data
-from cvae.data.order import BatchOrder
+from cvae.distributed.ranks import Ranks
 from cvae.evaluation.elbo import evaluate_elbo
+from cvae.evaluation.evaluation_input import Subject
 from cvae.evaluation.iwae import evaluate_iwae
-from cvae.evaluation.subject import Subject
 from cvae.models.cvae import build_model
-from cvae.training import ddp
+from cvae.sampling import inference
+from cvae.training import ddp_engine
 from cvae.training.engine import build_engine
-from cvae.training.ranks import Ranks
 from tests.conftest import tiny_experiment
 
 GPU = torch.device("meta")
@@ -62,7 +62,9 @@ def test_training_and_measures_keep_to_the_gpu(
     # Neither is there for the meta device.
     monkeypatch.setattr(feed, "_to", lambda device, array: torch.from_numpy(array).to(device))
     monkeypatch.setattr(
-        ddp, "build_adam", lambda model, _: torch.optim.AdamW(model.parameters(), foreach=False)
+        ddp_engine,
+        "build_adam",
+        lambda model, _: torch.optim.AdamW(model.parameters(), foreach=False),
     )
     plain: dict[str, Any] = tiny_experiment(captioned=True, ema_decay=0.9)
     plain["model"] |= {

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cvae.data import coco as product
-from cvae.data import decoding
 from cvae.data.store import open_store
-from cvae.data.text import TextEncoder
+from cvae.data.text_encoder import TextEncoder
 from cvae.errors import UserError
+from cvae.preparation import coco as product
+from cvae.preparation import image_decoding
 from tests.fuzz import damage
 from tests.fuzz.frame import Case, command, target
 
@@ -115,7 +115,7 @@ def coco(draw: random.Random, folder: Path) -> Case:
             for place, name, value in (
                 (product, "load_encoder", _toy),
                 (product, "_TOLERATED", tolerated),
-                (decoding, "run_parallel", _in_this_process),
+                (image_decoding, "run_parallel", _in_this_process),
             ):
                 patched.enter_context(mock.patch.object(place, name, value))
             words += ["--text", "toy"]
@@ -152,7 +152,7 @@ def _check(root: Path, path: Path, tree: Any) -> None:
         names.setdefault(image["id"], image["file_name"])
     crop = "centre" in listed.source["resize"]
     for row, number in enumerate(split.ids.tolist()):
-        expected = decoding.decode(root / _FOLDER / names[number], 8, crop)
+        expected = image_decoding.decode(root / _FOLDER / names[number], 8, crop)
         assert np.array_equal(split.images[row], expected), f"image {number} is another"
         first, last = split.caption_offsets[row : row + 2]
         said = [a["caption"] for a in listing["annotations"] if a.get("image_id") == number]

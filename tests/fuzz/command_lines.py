@@ -105,7 +105,8 @@ def _word(draw: random.Random) -> str:
 def _scripts() -> dict[str, tuple[Callable[[list[str]], int], list[str]]]:
     """Every main, with what keeps it from doing anything."""
     from analysis import report
-    from workflows import benchmark, evaluate, export, generate, launch, prepare, runs, sweep
+    from tests.studies import benchmark
+    from workflows import evaluate, export, generate, launch, prepare, runs, sweep
 
     return {
         "launch": (launch.main, ["--dry-run"]),

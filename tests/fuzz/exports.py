@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from cvae.errors import UserError
-from cvae.export_format import CONFIG, _tree_sha256
+from cvae.sampling.export_format import CONFIG, _tree_sha256
 from tests.conftest import write_store
 from tests.fuzz import damage
 from tests.fuzz.frame import Case, command, target
@@ -22,8 +22,8 @@ _CHECKED = [CONFIG, "experiment.yaml", "model.safetensors", "samples.png"]
 @cache
 def _original() -> tuple["tempfile.TemporaryDirectory[str]", Path]:
     """An exported model of three classes in a home that lasts as long as this process."""
-    from cvae.export import export_run
-    from tests.trained import make_run
+    from cvae.sampling.export import export_run
+    from tests.helpers.trained_runs import make_run
 
     kept = tempfile.TemporaryDirectory(prefix="fuzz-")
     home = Path(kept.name)
@@ -43,7 +43,7 @@ def exports(draw: random.Random, folder: Path) -> Case:
     same = not sealed and all(_is_same(original / name, out / name) for name in _CHECKED)
 
     def read() -> None:
-        from cvae import inference, sampling
+        from cvae.sampling import inference, sampler
         from workflows import evaluate, generate
 
         home = {"CVAE_HOME": str(folder)}
@@ -56,7 +56,7 @@ def exports(draw: random.Random, folder: Path) -> Case:
             assert drawn.exists() == (not outcome.refusal), "a picture all the same, or none"
             assert outcome.refusal or sealed or same, "a folder that is not what was exported"
             with suppress(UserError):
-                trained = sampling.load(out)
+                trained = sampler.load(out)
                 assert inference.is_finite(trained.model), "weights that are no numbers"
                 images = trained.draw([0], 2)
                 assert images.shape == (1, 2, *trained.image_shape), f"images {images.shape}"

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cvae import yaml_model
-from cvae.config import Experiment, load_experiment
+from cvae.config import yaml_model
+from cvae.config.experiment import Experiment, load_experiment
 from cvae.data.store import store_path
-from cvae.paths import PROJECT_ROOT
-from cvae.run_directory import RunDirectory, telling_name
-from slurm.cluster import ClusterConfig
+from cvae.files.paths import PROJECT_ROOT
+from cvae.run.directory import RunDirectory, telling_name
+from slurm.cluster_file import ClusterConfig
 from tests.fuzz import odd
 from tests.fuzz.frame import Case, target
-from workflows.sweeps.config import Sweep, load_sweep, with_values
+from workflows.sweeps.sweep_file import Sweep, load_sweep, with_values
 
 # A file's name, with what we put before and behind it.
 _LONGEST_FILE = 255

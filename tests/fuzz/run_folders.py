@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import checkpoint
-from cvae.training.journal import Journal
-from slurm import queue, tries
-from slurm.tries import Try
+from cvae.run import checkpoint
+from cvae.run.directory import RunDirectory
+from cvae.run.journal import Journal
+from slurm import attempts, job_state
+from slurm.attempts import Try
 from tests.conftest import tiny_experiment, write_store
 from tests.fuzz import damage
 from tests.fuzz.frame import Case, command, target
@@ -48,7 +48,7 @@ def make(name: str) -> RunDirectory:
     """A run that has told all that a run tells, and failed."""
     run = RunDirectory.create(name, Experiment.model_validate(tiny_experiment()))
     run.launch_file.write_text(json.dumps([ENTRY]))
-    tries.write(run.logs, str(ENTRY["job_id"]), [Try(1, 1e9, ["n"], 1e9 + 5, "crash", "why")])
+    attempts.write(run.logs, str(ENTRY["job_id"]), [Try(1, 1e9, ["n"], 1e9 + 5, "crash", "why")])
     (run.path / "mlflow.json").write_text(json.dumps({"tracking_uri": "u", "run_dir_id": "i"}))
     host = {"free_disk": 1, "free_memory": 1, "clock_offset_s": 0}
     with closing(Journal(run.journal_file)) as journal:
@@ -140,8 +140,8 @@ def runs(draw: random.Random, folder: Path) -> Case:
 
 def look(name: str, home: Path) -> tuple[str, str]:
     """Returns what `runs.py list` and `runs.py show` say of a damaged run; the good one must be seen beside it."""
-    from analysis.loading import curves
-    from analysis.loading import runs as table_of
+    from analysis.tables import curves
+    from analysis.tables import runs as table_of
     from workflows import runs
 
     listed = command(runs.main, ["list"]).out
@@ -163,13 +163,13 @@ def look(name: str, home: Path) -> tuple[str, str]:
 
 
 def _look_at_sweep(sweep: SweepDirectory) -> None:
-    from workflows.sweeps import view
+    from workflows.sweeps import live_view
 
     with suppress(UserError, OSError):
         trials = sweep.trials()
-        view.table(sweep.sweep(), trials)
+        live_view.table(sweep.sweep(), trials)
         if submissions := sweep.submissions():
-            view.ending(sweep, trials, queue.look(submissions[-1]))
+            live_view.ending(sweep, trials, job_state.look(submissions[-1]))
 
 
 def _check_checkpoints(run: Path) -> None:
@@ -195,7 +195,7 @@ def _check_same(found: dict[str, dict[str, Any]], step: int) -> None:
 def _resume(run: Path) -> None:
     """Does in this process what `runs.py resume` has a job do; it refuses in one line or trains to the end."""
     from cvae.training.train import train
-    from workflows.run_state import run_state
+    from workflows.jobs.run_state import run_state
 
     def main(words: list[str]) -> int:
         run_state(RunDirectory(run))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data.experiment_data import open_data
 from tests.conftest import tiny_experiment, write_store
 from tests.fuzz import odd

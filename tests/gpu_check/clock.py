@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from tests.gpu_check.curves import wait
-from workflows.benchmarks.timing import Step, steps_per_second
+from tests.studies.benchmarks.timing import Step, steps_per_second
 
 _WINDOWS = 5
 # A batch that takes longer ends the search.

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import open_data
 from cvae.data.feed import MicroBatch, micro_batches
-from cvae.data.order import BatchOrder
+from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import build_model
 from cvae.training.engine import Engine, build_engine
-from cvae.training.ranks import Ranks
 from cvae.training.schedule import kl_weight, learning_rate
 
 

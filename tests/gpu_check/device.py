@@ -12,7 +12,7 @@ def device(setting: Setting) -> Iterator[Finding]:
     if not setting.has_gpu:
         yield measured("", "no GPU: every check runs on the CPU, in the small size")
         return
-    from cvae.training.preflight_checks import runs_on
+    from cvae.preflight.checks import runs_on
 
     built_for = torch.cuda.get_arch_list()
     for index in range(torch.cuda.device_count()):

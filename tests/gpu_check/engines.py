@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cvae.training.ranks import Ranks, connect
+from cvae.distributed.ranks import Ranks, connect
 from tests.gpu_check import runs
 from tests.gpu_check.curves import curve, deviation
 from tests.gpu_check.findings import Finding, judged, needs, skipped

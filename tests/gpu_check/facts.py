@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu_check import stand_in
-from tests.rank_processes import PROJECT_ROOT
+from tests.helpers.rank_processes import PROJECT_ROOT
 
 _PACKAGES = ("numpy", "pydantic", "diffusers", "transformers", "deepspeed", "triton")
 

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvae import inference
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.data.feed import MicroBatch, micro_batches
-from cvae.data.order import BatchOrder
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks, connect
 from cvae.evaluation.elbo import evaluate_elbo
+from cvae.evaluation.evaluation_input import Subject
 from cvae.evaluation.iwae import evaluate_iwae
-from cvae.evaluation.subject import Subject
-from cvae.inference import sample
 from cvae.models.cvae import Cvae
-from cvae.sampling import load_run
-from cvae.training import precision
+from cvae.sampling import inference
+from cvae.sampling.inference import sample
+from cvae.sampling.sampler import load_run
 from cvae.training.engine import build_engine
-from cvae.training.ranks import Ranks, connect
 from cvae.training.train import train
 from tests.gpu_check import clock, runs
 from tests.gpu_check.curves import wait

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cvae.distributed.ranks import Ranks, connect
 from cvae.errors import UserError
-from cvae.training.ranks import Ranks, connect
 from tests.gpu_check.curves import curve, deviation
 from tests.gpu_check.findings import Finding, judged, measured, skipped
 from tests.gpu_check.setting import Setting, allow_fp16_on_a_cpu

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from cvae.distributed.ranks import connect
 from cvae.models.cvae import build_model
-from cvae.training.ranks import connect
 from tests.gpu_check import clock
 from tests.gpu_check.findings import Finding, measured, needs
 from tests.gpu_check.setting import Setting, squares
-from workflows.benchmarks.peers import _plain_loop
+from tests.studies.benchmarks.peers import _plain_loop
 
 _BATCH, _WORKERS, _MANY = 128, 4, 10**6
 _TOKENS = 14  # of a caption of COCO, on average

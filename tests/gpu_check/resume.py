@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from cvae import yaml_model
-from cvae.run_directory import RunDirectory
+from cvae.config import yaml_model
+from cvae.run.directory import RunDirectory
 from tests.gpu_check import runs
 from tests.gpu_check.findings import Finding, judged, skipped
 from tests.gpu_check.setting import Setting, knows

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cvae.config import Experiment
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from tests.rank_processes import Processes, start_python
+from cvae.config.experiment import Experiment
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from tests.helpers.rank_processes import Processes, start_python
 
 
 def new_run(name: str, experiment: Experiment, every_steps: int | None = None) -> RunDirectory:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from cvae.config import Experiment
-from cvae.data.order import BatchOrder
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.store import store_path
+from cvae.distributed.ranks import Ranks, connect
 from cvae.training import train as training
-from cvae.training.ranks import Ranks, connect
 from cvae.training.train import train
 from tests.gpu_check import runs
 from tests.gpu_check.curves import curve, first_batch

@@ -80,7 +80,7 @@ class Setting:
 
         narrow: a conv model whose checkpoints are small. Its data are there afterwards.
         """
-        from cvae.config import Experiment
+        from cvae.config.experiment import Experiment
 
         pixels = pixels or self.pixels
         batch_size = 8 if self.small else {"ldm": 16}.get(backbone, 128)
@@ -128,7 +128,7 @@ class Setting:
 
 def knows(key: str, value: str | None = None) -> bool:
     """Whether the experiment's schema has this key of `training`, with this value among its literals."""
-    from cvae.config import Training
+    from cvae.config.experiment import Training
 
     field = Training.model_fields.get(key)
     return field is not None and (value is None or value in get_args(field.annotation))
@@ -136,7 +136,7 @@ def knows(key: str, value: str | None = None) -> bool:
 
 def allow_fp16_on_a_cpu() -> None:
     """In this process. The product refuses it because it is slow; the arithmetic is there."""
-    from cvae.training import precision
+    from cvae.distributed import precision
 
     precision.resolve = lambda wanted, device: wanted
 
@@ -148,7 +148,7 @@ def write_store(
 
     A store of that name must not be there. spoiled: a training image whose captions' vectors hold a NaN.
     """
-    from tests.stores import write_manifest
+    from tests.helpers.stores import write_manifest
 
     generator = np.random.default_rng(7)
     tell = generator.standard_normal((48, text_dim)).astype(np.float32) / np.sqrt(np.float32(48))

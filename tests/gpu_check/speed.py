@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.data.experiment_data import open_data
-from cvae.training import precision
-from cvae.training.ranks import Ranks, connect
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks, connect
 from cvae.training.train import train
 from tests.gpu_check import clock, runs
 from tests.gpu_check.curves import curve
 from tests.gpu_check.findings import Finding, judged, measured, skipped
 from tests.gpu_check.setting import Setting
-from workflows.benchmarks import timing
-from workflows.benchmarks.contestants import Subject, bare
-from workflows.benchmarks.peers import diffusers_fp32, diffusers_same
-from workflows.benchmarks.rounds import rates
-from workflows.scale import work
+from tests.studies.benchmarks import timing
+from tests.studies.benchmarks.contestants import Subject, bare
+from tests.studies.benchmarks.peers import diffusers_fp32, diffusers_same
+from tests.studies.benchmarks.rounds import rates
+from workflows.jobs.scaling_model import work
 
 # By backbone and image size; ldm's fit on a V100 of 16 GB.
 _BATCH = {
@@ -173,7 +173,7 @@ class _Memory:
     """Notes the GPU's allocated bytes whenever the loop's meter reads its numbers."""
 
     def __enter__(self) -> "_Memory":
-        from cvae.training.meter import Meter
+        from cvae.training.rates import Meter
 
         self.seen: list[int] = []
         self.meter, self.read = Meter, Meter.read

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from slurm import executors
-from slurm.cluster import ClusterConfig, Placement
+from slurm.cluster_file import ClusterConfig, Placement
 from slurm.executors import Job
-from slurm.job import export_ranks
+from slurm.rank_process import export_ranks
 
 
 def batch(

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from slurm import files, requeueing, supervisor, tries
-from slurm.client import Slurm
-from slurm.queue import Submission, requeue_warning
-from slurm.tries import Care, Try
-from tests.slurm.site import BUSY, DISABLED, GONE, NO_ACCOUNTING, Site, site
+from slurm import attempts, job_files, supervisor
+from slurm import requeue as requeueing
+from slurm.attempts import Care, Try
+from slurm.commands import Slurm
+from slurm.job_state import Submission, requeue_warning
+from tests.helpers.site import BUSY, DISABLED, GONE, NO_ACCOUNTING, Site, site
 
 __all__ = ["site"]
 JOB = "12"
@@ -28,11 +29,11 @@ def on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def care(folder: Path) -> Care:
-    return Care(str(folder / "step-*"), "tests.slurm.targets:note", str(folder))
+    return Care(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
 
 
 def begin(folder: Path) -> None:
-    tries.begin(folder, JOB, ["n1"], time.time(), "TIMEOUT", "")
+    attempts.begin(folder, JOB, ["n1"], time.time(), "TIMEOUT", "")
 
 
 def scontrol(site: Site, requeue: str, details: str = RUNNING) -> None:
@@ -55,7 +56,7 @@ def test_a_refused_requeue_is_told_as_what_it_is(
         supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
     else:
         supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert (last.restarts, last.requeue) == (False, "refused")
     assert DISABLED in last.refusal
     assert site.times("scontrol requeue") == 1, "asking again would be of no use"
@@ -85,7 +86,7 @@ def test_a_busy_controller_is_asked_again(
     scontrol(site, refusing(BUSY, 3, site))
     begin(tmp_path)
     supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert (last.restarts, last.requeue) == (True, "accepted")
     assert site.times("scontrol requeue") == 4
     assert "put it back into its queue" in capsys.readouterr().out
@@ -103,7 +104,7 @@ def test_a_controller_that_stays_away_ends_in_the_truth(
     site.fails("scontrol", GONE)
     begin(tmp_path)
     supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert (last.cause, last.restarts, last.requeue) == ("crash", False, "refused")
     assert "Unable to contact slurm controller" in last.follows
     assert "restarts False" in (tmp_path / "noted").read_text()
@@ -120,11 +121,11 @@ def test_killed_while_it_asks_it_has_promised_nothing(
     monkeypatch.setattr(supervisor, "requeue", killed)
     with pytest.raises(KeyboardInterrupt):
         supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert last.last_words.endswith("; SLURM is asked to try it again")
     # The next try shows that SLURM did.
     begin(tmp_path)
-    assert tries.read(tmp_path, JOB)[0].requeue == "accepted"
+    assert attempts.read(tmp_path, JOB)[0].requeue == "accepted"
 
 
 def test_better_on_a_bad_node_than_nowhere(site: Site, tmp_path: Path) -> None:
@@ -133,16 +134,16 @@ def test_better_on_a_bad_node_than_nowhere(site: Site, tmp_path: Path) -> None:
     crashed = [
         Try(number, 0.0, ["n1"], 1.0, "crash", "boom", "n1", f"step-{number}") for number in (1, 2)
     ]
-    tries.write(tmp_path, JOB, crashed)
+    attempts.write(tmp_path, JOB, crashed)
     assert supervisor.before(tmp_path, care(tmp_path)) == 0
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert (last.number, last.ended) == (3, None)
     # A SLURM that takes the request is left to start it elsewhere, but not for ever.
     scontrol(site, "exit 0")
     codes = []
     for _ in range(5):
-        told = tries.read(tmp_path, JOB)
-        tries.write(tmp_path, JOB, [one for one in told if one.ended is not None])
+        told = attempts.read(tmp_path, JOB)
+        attempts.write(tmp_path, JOB, [one for one in told if one.ended is not None])
         codes.append(supervisor.before(tmp_path, care(tmp_path)))
     assert codes == [supervisor.NOT_HERE] * 3 + [0] * 2
     assert any("ExcNodeList=n1" in line for line in site.asked)
@@ -174,10 +175,10 @@ def test_without_accounting_a_lost_node_is_named(
     scontrol(site, "exit 0")
     lost = f" echo '{down}|down*'" if down else " true"
     site.says("sinfo", f"*%N*) echo 'n1|mix'; echo 'n3|down';{lost};;")
-    tries.begin(tmp_path, JOB, ["n1", "n2"], 1.0, "", "")
-    files.log_file(tmp_path, JOB, 0).write_text(f"=== try 1 on n1, n2\n{log}")
+    attempts.begin(tmp_path, JOB, ["n1", "n2"], 1.0, "", "")
+    job_files.log_file(tmp_path, JOB, 0).write_text(f"=== try 1 on n1, n2\n{log}")
     assert supervisor.before(tmp_path, care(tmp_path)) == 0
-    first, second = tries.read(tmp_path, JOB)
+    first, second = attempts.read(tmp_path, JOB)
     assert (first.cause, first.node, second.ended) == (cause, node, None)
 
 
@@ -187,23 +188,23 @@ def test_lost_nodes_and_slurms_own_ends_get_pauses_and_an_end(site: Site, tmp_pa
     codes = []
     for _ in range(40):
         codes.append(supervisor.before(tmp_path, care(tmp_path)))
-        files.log_file(tmp_path, JOB, 0).write_text("srun: error: Node failure on n2\n")
+        job_files.log_file(tmp_path, JOB, 0).write_text("srun: error: Node failure on n2\n")
         if codes[-1] == supervisor.GIVEN_UP:
             break
     assert codes[-1] == supervisor.GIVEN_UP
     assert codes.count(0) == 11
     pauses = [int(line.rpartition("+")[2]) for line in site.asked if "StartTime=now" in line]
     assert pauses == [150, 300, 600, 1200, 2400, *[3600] * 4]
-    told = tries.read(tmp_path, JOB)
+    told = attempts.read(tmp_path, JOB)
     assert (told[-1].restarts, told[-1].node) == (False, "n2")
     assert "restarts False" in (tmp_path / "noted").read_text().splitlines()[-1]
 
 
 def test_progress_ends_the_pauses() -> None:
     lost = [Try(n, 0.0, ["n1"], 1.0, "node", "", "n1", f"step-{n}") for n in range(30)]
-    assert tries.goes_on(lost) == (True, 0.0)
+    assert attempts.goes_on(lost) == (True, 0.0)
     preempted = [Try(n, 0.0, ["n1"], 1.0, "preempted", "", "", "") for n in range(30)]
-    assert tries.goes_on(preempted) == (True, 0.0)
+    assert attempts.goes_on(preempted) == (True, 0.0)
 
 
 def test_a_crash_that_brought_nothing_is_followed_by_a_pause(site: Site, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm import files, supervisor, tries
-from slurm.tries import Care
+from slurm import attempts, job_files, supervisor
+from slurm.attempts import Care
 from tests.conftest import PROJECT_ROOT
-from tests.slurm.test_local import until
+from tests.slurm.test_local_jobs import until
 
 JOB = "12"
 AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=1"
@@ -37,11 +37,13 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def care(folder: Path) -> Care:
-    return Care(str(folder / "step-*"), "tests.slurm.targets:note", str(folder))
+    return Care(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
 
 
 def begin(folder: Path) -> None:
-    tries.begin(folder, JOB, ["n1"], time.time(), "TIMEOUT", tries.newest(care(folder).progress))
+    attempts.begin(
+        folder, JOB, ["n1"], time.time(), "TIMEOUT", attempts.newest(care(folder).progress)
+    )
 
 
 def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(
@@ -50,7 +52,7 @@ def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(
     for again in (True, False):
         begin(tmp_path)
         supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=1)
-        last = tries.read(tmp_path, JOB)[-1]
+        last = attempts.read(tmp_path, JOB)[-1]
         assert (last.cause, last.restarts) == ("time limit", again)
         assert last.why.startswith("killed at the time limit, before it could save")
         # SLURM signals more than once.
@@ -66,8 +68,8 @@ def test_no_rank_could_write_down_the_time_limit_so_the_next_try_does(
     begin(tmp_path)
     supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
     assert supervisor.before(tmp_path, care(tmp_path)) == 0
-    assert (tmp_path / "noted").read_text() == f"{tries.KILLED_AT_LIMIT}, restarts True\n"
-    assert [one.cause for one in tries.read(tmp_path, JOB)] == ["time limit", None]
+    assert (tmp_path / "noted").read_text() == f"{attempts.KILLED_AT_LIMIT}, restarts True\n"
+    assert [one.cause for one in attempts.read(tmp_path, JOB)] == ["time limit", None]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_what_else_slurm_ends_is_none_of_its_business(
     begin(tmp_path)
     (tmp_path / "details").write_text(details)
     supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    assert tries.read(tmp_path, JOB)[-1].ended is None
+    assert attempts.read(tmp_path, JOB)[-1].ended is None
     assert asked.read_text() == ""
 
 
@@ -101,19 +103,19 @@ def test_at_the_time_limit_the_ranks_own_word_counts(
 ) -> None:
     begin(tmp_path)
     result = {"status": status, "reason": reason}
-    files.result_file(tmp_path, JOB).write_text(json.dumps(result))
+    job_files.result_file(tmp_path, JOB).write_text(json.dumps(result))
     supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    last = tries.read(tmp_path, JOB)[-1]
+    last = attempts.read(tmp_path, JOB)[-1]
     assert (last.cause, last.restarts) == (cause, again)
-    assert last.why != tries.KILLED_AT_LIMIT
+    assert last.why != attempts.KILLED_AT_LIMIT
     assert bool(asked.read_text()) == again
 
 
 def test_a_cancelled_job_is_not_revived_by_its_time_limit(asked: Path, tmp_path: Path) -> None:
     begin(tmp_path)
-    tries.mark_cancelled(tmp_path, JOB)
+    attempts.mark_cancelled(tmp_path, JOB)
     supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    assert tries.read(tmp_path, JOB)[-1].cause == "cancelled"
+    assert attempts.read(tmp_path, JOB)[-1].cause == "cancelled"
     assert asked.read_text() == ""
 
 
@@ -137,7 +139,7 @@ def test_only_the_present_running_try_may_requeue(
     (tmp_path / "details").write_text(details)
     if word is not None:
         result = {"status": word, "reason": "SIGTERM at step 9, saved"}
-        files.result_file(tmp_path, JOB).write_text(json.dumps(result))
+        job_files.result_file(tmp_path, JOB).write_text(json.dumps(result))
     supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
     assert asked.read_text() == (f"requeue {JOB}\n" if requeued else "")
 
@@ -156,4 +158,4 @@ def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: P
     assert asked.read_text() == f"requeue {JOB}\n"
     watcher = int((tmp_path / "pid").read_text())
     until(lambda: not Path(f"/proc/{watcher}").exists())
-    assert tries.read(tmp_path, JOB)[-1].why == tries.KILLED_AT_LIMIT
+    assert attempts.read(tmp_path, JOB)[-1].why == attempts.KILLED_AT_LIMIT

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvae import code_snapshot
-from cvae.run_directory import RunDirectory
-from slurm import queue
-from slurm.cluster import ClusterConfig, Placement
+from cvae.run import code_snapshot
+from cvae.run.directory import RunDirectory
+from slurm import job_state
+from slurm.cluster_file import ClusterConfig, Placement
 from slurm.executors import Job, sbatch_script
 from tests.conftest import PROJECT_ROOT, tiny_experiment
-from tests.ranks import lines
-from tests.slurm.test_local import until
-from workflows.run_state import run_state, submissions
-from workflows.submission import job_environment
+from tests.helpers.ranks import lines
+from tests.slurm.test_local_jobs import until
+from workflows.jobs.run_state import run_state, submissions
+from workflows.jobs.submission import job_environment
 
 # In sitecustomize.py: the controller of a local job waits here as a job does in SLURM's queue.
 QUEUE = """
 import os, sys, time
-while "slurm.local" in sys.orig_argv and not os.path.exists(os.environ["QUEUE_GATE"]):
+while "slurm.local_jobs" in sys.orig_argv and not os.path.exists(os.environ["QUEUE_GATE"]):
     time.sleep(0.05)
 """
 BUG = """
@@ -49,7 +49,7 @@ def test_a_run_uses_the_code_of_its_submission_and_a_resumed_one_todays(
     for part in ("analysis", "cvae", "slurm", "workflows", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PROJECT_ROOT / part, checkout / part, ignore=ignored)
-    for name in ("cvae/training/train.py", "cvae/training/mlflow_mirror.py", "slurm/local.py"):
+    for name in ("cvae/training/train.py", "cvae/tracking/mlflow_mirror.py", "slurm/local_jobs.py"):
         file = checkout / name
         first, main, last = file.read_text().partition("\nif __name__ ==")
         file.write_text(first + "\n" + SIGN + main + last)
@@ -98,7 +98,7 @@ def test_a_run_uses_the_code_of_its_submission_and_a_resumed_one_todays(
     gate.unlink()
     said = command("runs.py", "resume", "x", *here)
     last = submissions(run)[-1]
-    queue.end(last, 0, lambda _: None)
+    job_state.end(last, 0, lambda _: None)
     assert last.code not in (None, id)
     assert last.folder == str(run.path.resolve())
     assert "the run began with" in said

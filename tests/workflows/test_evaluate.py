@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from cvae.errors import UserError
-from cvae.training.journal import Journal
+from cvae.run.journal import Journal
 from tests.conftest import tiny_experiment
-from tests.ranks import lines, new_run
-from tests.trained import make_run
+from tests.helpers.ranks import lines, new_run
+from tests.helpers.trained_runs import make_run
 from workflows.evaluate import main
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
+from cvae.run.directory import RunDirectory
 from tests.conftest import PROJECT_ROOT
-from tests.trained import make_run
+from tests.helpers.trained_runs import make_run
 from workflows.export import main, size
 
 

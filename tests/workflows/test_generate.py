@@ -11,7 +11,7 @@ from PIL import Image
 from cvae.errors import UserError
 from tests.conftest import PROJECT_ROOT, write_store
 from tests.cvae.data.conftest import small_bert
-from tests.trained import encode_with, make_run
+from tests.helpers.trained_runs import encode_with, make_run
 from workflows import export
 from workflows.generate import main
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import tries
-from slurm.files import log_file
-from tests import ranks
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import attempts
+from slurm.job_files import log_file
 from tests.conftest import PROJECT_ROOT, tiny_experiment
+from tests.helpers import ranks
 from workflows import launch, runs
-from workflows.run_state import last_submission
-from workflows.submission import locked, training_environment
+from workflows.jobs.run_state import last_submission
+from workflows.jobs.submission import locked, training_environment
 
 STEPS = 2000
 
@@ -153,7 +153,7 @@ def test_bad_input_that_only_the_job_can_find_is_said_once_and_not_tried_again(
     assert (told["status"], told["reason"].count("was trained on other data")) == ("failed", 1)
     submission = last_submission(run)
     assert submission is not None
-    [one] = tries.read(run.logs, submission.job_id)
+    [one] = attempts.read(run.logs, submission.job_id)
     assert (one.cause, one.restarts) == ("bad input", False)
     assert "Traceback" not in log_file(run.logs, submission.job_id, 0).read_text()
 

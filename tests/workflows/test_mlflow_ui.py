@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cvae.errors import UserError
-from cvae.training.mlflow_store import create_store, experiment_id
+from cvae.tracking.mlflow_store import create_store, experiment_id
 from workflows import mlflow_ui
 
 

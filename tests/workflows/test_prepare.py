@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cvae.data.building import locked
 from cvae.data.store import store_path
+from cvae.preparation.store_writer import locked
 from tests.conftest import PROJECT_ROOT
 from tests.cvae.data.conftest import small_bert, write_coco
-from tests.cvae.data.test_fashion_mnist import write_idx_folder
+from tests.cvae.preparation.test_fashion_mnist import write_idx_folder
 
 __all__ = ["small_bert"]
 

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from cvae import json_file, paths, yaml_model
-from cvae.config import Experiment, load_experiment
+from cvae.config import yaml_model
+from cvae.config.experiment import Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory, find_sweep, telling_name
-from slurm import queue
-from slurm.queue import Submission
-from workflows.sweeps.config import Sweep
+from cvae.files import json_file, paths
+from cvae.run.directory import RunDirectory, find_sweep, telling_name
+from slurm import job_state
+from slurm.job_state import Submission
+from workflows.sweeps.sweep_file import Sweep
 
 # In Ray Tune's configurations: the values of the listed keys; the drawn keys stand beside it.
 LISTED = "listed"
@@ -118,7 +119,7 @@ class SweepDirectory:
         return json_file.load(self.launch_file, _LAUNCHES) or []
 
     def submissions(self) -> list[Submission]:
-        return queue.found_in(self.path, json_file.load(self.launch_file, _SUBMISSIONS) or [])
+        return job_state.found_in(self.path, json_file.load(self.launch_file, _SUBMISSIONS) or [])
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:

@@ -22,17 +22,17 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.file_lock import Locked, file_lock
-from cvae.paths import write_atomically
-from cvae.training import journal
+from cvae.files.file_lock import Locked, file_lock
+from cvae.files.paths import write_atomically
+from cvae.run import journal
 from slurm.ray_cluster import PROBLEM, connect
 from slurm.ray_files import trouble
-from workflows.sweeps.book import Book, known_to_tune
-from workflows.sweeps.config import Space, Sweep, seeds
 from workflows.sweeps.directory import LISTED, SweepDirectory, run_of
+from workflows.sweeps.sweep_file import Space, Sweep, seeds
 from workflows.sweeps.trial import TrialRun
+from workflows.sweeps.trial_log import Book, known_to_tune
 
 # A lost node, a killed worker: nothing that the trial has done.
 _MOST_LOSSES = 5

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cvae import paths
 from cvae.errors import UserError
-from cvae.file_lock import Locked, file_lock
+from cvae.files import paths
+from cvae.files.file_lock import Locked, file_lock
 from cvae.redaction import guard_output
-from cvae.run_directory import RunDirectory
-from cvae.training import mlflow_mirror, mlflow_state
+from cvae.run.directory import RunDirectory
+from cvae.tracking import mlflow_mirror, mlflow_state
 from workflows.sweeps.directory import SweepDirectory
 
 if TYPE_CHECKING:

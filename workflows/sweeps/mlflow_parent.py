@@ -11,13 +11,14 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from cvae import paths, yaml_model
+from cvae.config import yaml_model
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import mlflow_state
-from cvae.training.mlflow_push import Pusher
-from cvae.training.mlflow_store import create_store, experiment_id
-from cvae.training.mlflow_tags import NOTE, description
+from cvae.files import paths
+from cvae.run.directory import RunDirectory
+from cvae.tracking import mlflow_state
+from cvae.tracking.mlflow_push import Pusher
+from cvae.tracking.mlflow_store import create_store, experiment_id
+from cvae.tracking.mlflow_tags import NOTE, description
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial
 
 _TAG = "cvae.sweep_id"

@@ -11,17 +11,17 @@ from typing import Any
 
 from ray import tune
 
-from cvae import paths
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from slurm import queue
-from slurm.cluster import ClusterConfig, Place, Placement
-from workflows.run_state import last_submission, run_state, total_steps
-from workflows.submission import submit
-from workflows.sweeps.config import with_values
+from cvae.files import paths
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import job_state
+from slurm.cluster_file import ClusterConfig, Place, Placement
+from workflows.jobs.run_state import last_submission, run_state, total_steps
+from workflows.jobs.submission import submit
 from workflows.sweeps.directory import SweepDirectory, values_of
+from workflows.sweeps.sweep_file import with_values
 
 _POLL_S = 0.3
 _ASK_S = 1.5
@@ -109,7 +109,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
             return
         if state.job.alive:
             # Of a driver that was killed a moment ago: it is saving.
-            queue.end(_submission(self.run), _SAVE_PATIENCE_S, print)
+            job_state.end(_submission(self.run), _SAVE_PATIENCE_S, print)
         place = Place("local", ClusterConfig(executor="local", max_restarts=1), "a sweep's trial")
         submit(self.run, place, Placement(1, self.ranks), self.ranks, part_of_sweep=True)
 
@@ -129,8 +129,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not checked, see
     def cleanup(self) -> None:
         """Ends the run where it is; it saves first, and could be continued."""
         submission = last_submission(self.run) if self.run.launch_file.exists() else None
-        if submission is not None and queue.look(submission).alive:
-            queue.end(submission, _SAVE_PATIENCE_S, print)
+        if submission is not None and job_state.look(submission).alive:
+            job_state.end(submission, _SAVE_PATIENCE_S, print)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer: the weights lie in the run's own folder, and are on the disk when this returns."""
@@ -188,7 +188,7 @@ def fork(origin: RunDirectory, step: int, stem: str, experiment: Experiment) -> 
     return run
 
 
-def _submission(run: RunDirectory) -> queue.Submission:
+def _submission(run: RunDirectory) -> job_state.Submission:
     submission = last_submission(run)
     assert submission is not None
     return submission

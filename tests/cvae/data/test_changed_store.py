@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cvae.config import Experiment
-from cvae.data import experiment_data, verified
+from cvae.config.experiment import Experiment
+from cvae.data import experiment_data, verified_checksums
 from cvae.data.experiment_data import open_data
 from cvae.data.store import open_store
 from cvae.errors import UserError
@@ -148,15 +148,15 @@ def test_labels_outside_the_classes_are_refused(tiny_store: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files count as settled at once; the list has those that were read whole."""
-    monkeypatch.setattr(verified, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(verified_checksums, "_SETTLED_S", -1.0)
     read: list[Path] = []
-    hashed = verified.file_sha256
+    hashed = verified_checksums.file_sha256
 
     def counted(path: Path, advance: Callable[[int], object]) -> str:
         read.append(path)
         return hashed(path, advance)
 
-    monkeypatch.setattr(verified, "file_sha256", counted)
+    monkeypatch.setattr(verified_checksums, "file_sha256", counted)
     return read
 
 
@@ -209,7 +209,7 @@ def test_without_a_place_to_remember_it_is_read_again(
 def test_ranks_of_a_host_read_a_store_once(
     tiny_store: Path, settled: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed, log = verified.file_sha256, home / "log"
+    hashed, log = verified_checksums.file_sha256, home / "log"
 
     def slow(path: Path, advance: Callable[[int], object]) -> str:
         with log.open("a") as file:
@@ -217,7 +217,7 @@ def test_ranks_of_a_host_read_a_store_once(
         time.sleep(0.02)
         return hashed(path, advance)
 
-    monkeypatch.setattr(verified, "file_sha256", slow)
+    monkeypatch.setattr(verified_checksums, "file_sha256", slow)
     children = []
     for _ in range(3):
         child = os.fork()

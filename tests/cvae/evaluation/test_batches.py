@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvae import inference
+from cvae.distributed.device import Memory
+from cvae.distributed.ranks import Ranks
 from cvae.evaluation import iwae
 from cvae.evaluation.elbo import evaluate_elbo
+from cvae.evaluation.evaluation_input import Subject
 from cvae.evaluation.frechet import RandomFeatures, evaluate_frechet
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.evaluation.latents import active_units, probe
 from cvae.evaluation.reconstruction import evaluate_reconstruction
-from cvae.evaluation.subject import Subject
 from cvae.models.cvae import Cvae
-from cvae.sampling import Trained, load_run
-from cvae.training.device import Memory
-from cvae.training.ranks import Ranks
-from tests.trained import make_run
+from cvae.sampling import inference
+from cvae.sampling.sampler import Trained, load_run
+from tests.helpers.trained_runs import make_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 GPU = torch.device("cuda")

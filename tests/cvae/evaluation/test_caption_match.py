@@ -10,8 +10,8 @@ from cvae.data.store import Manifest, Split
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match, distinct_scenes, match_grid, nearest
 from cvae.models.cvae import Cvae
-from cvae.sampling import Trained, load_run
-from tests.trained import make_run
+from cvae.sampling.sampler import Trained, load_run
+from tests.helpers.trained_runs import make_run
 
 
 class Oracle(Cvae):

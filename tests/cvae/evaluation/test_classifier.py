@@ -10,7 +10,7 @@ from cvae.errors import UserError
 from cvae.evaluation import classifier
 from cvae.evaluation.classifier import reference_classifier
 from tests.conftest import write_store
-from tests.trained import make_run
+from tests.helpers.trained_runs import make_run
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import eval_blocks
 from cvae.data.experiment_data import open_data
-from cvae.data.order import eval_blocks
+from cvae.distributed.ranks import Ranks
 from cvae.evaluation.elbo import evaluate_elbo
 from cvae.models.cvae import build_model
-from cvae.training.ranks import Ranks
 from tests.conftest import tiny_experiment
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
+from cvae.evaluation.evaluation_input import Subject
 from cvae.evaluation.frechet import Inception, RandomFeatures, evaluate_frechet
-from cvae.evaluation.subject import Subject
-from cvae.sampling import load_run
-from cvae.training.ranks import Ranks
-from tests.trained import make_run
+from cvae.sampling.sampler import load_run
+from tests.helpers.trained_runs import make_run
 
 
 def subject() -> Subject:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cvae.data.draws import binarised, iwae_noise
 from cvae.data.feed import MicroBatch
-from cvae.data.order import binarised, iwae_noise
+from cvae.distributed.ranks import Ranks
+from cvae.evaluation.evaluation_input import Part
 from cvae.evaluation.iwae import evaluate_iwae
-from cvae.evaluation.subject import Part
 from cvae.models.backbone import Moments
 from cvae.models.cvae import Cvae
 from cvae.models.likelihood import LIKELIHOODS, Gaussian, OptimalGaussian, discretised_gaussian
 from cvae.models.prior import StandardPrior, TextPrior
-from cvae.training.ranks import Ranks
 
 LATENT, PIXELS, STD = 2, 3, 0.25
 

@@ -5,8 +5,8 @@ import pytest
 
 from cvae.errors import UserError
 from cvae.evaluation.latent_map import latent_map, linear_probe
-from cvae.sampling import load_run
-from tests.trained import make_run
+from cvae.sampling.sampler import load_run
+from tests.helpers.trained_runs import make_run
 
 
 def test_the_probe_finds_classes_where_they_are_and_not_in_noise() -> None:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from cvae.config import HALVINGS, Experiment
+from cvae.config.experiment import HALVINGS, Experiment
 from cvae.models.cvae import BACKBONES, Cvae, build_model, to_unit
 from cvae.models.fusion import Add, Concat, Film, Fusion
 from tests.conftest import PROJECT_ROOT, tiny_experiment
@@ -111,7 +111,9 @@ def test_a_backbone_halves_as_often_as_the_schema_says(backbone: str) -> None:
 
 def test_a_backbone_must_state_how_often_it_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(HALVINGS, "mlp")
-    with pytest.raises(ValidationError, match=r"'mlp': HALVINGS in cvae/config\.py must state"):
+    with pytest.raises(
+        ValidationError, match=r"'mlp': HALVINGS in cvae/config/experiment\.py must state"
+    ):
         Experiment.model_validate(tiny_experiment())
 
 
@@ -202,7 +204,7 @@ def test_standardized_conditions_are_those_of_a_model_that_was_given_them_so() -
 
 
 def test_shipped_experiments_can_be_built() -> None:
-    from cvae.config import load_experiment
+    from cvae.config.experiment import load_experiment
 
     for path in (PROJECT_ROOT / "configs").glob("*.yaml"):
         experiment = load_experiment(path)

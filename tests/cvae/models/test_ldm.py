@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from cvae.config import Model
+from cvae.config.experiment import Model
 from cvae.errors import UserError
 from cvae.models.cvae import Cvae, build_model
 from cvae.models.published import load_published, published_folder

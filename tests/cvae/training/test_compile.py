@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import open_data
 from cvae.data.feed import micro_batches
-from cvae.data.order import BatchOrder
+from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.models.cvae import build_model
-from cvae.training.ddp import _check_compiler
+from cvae.training.ddp_engine import _check_compiler
 from cvae.training.engine import build_engine
-from cvae.training.ranks import Ranks
-from tests import engine_proofs
 from tests.conftest import tiny_experiment, write_store
-from tests.engine_proofs import job, plain
+from tests.studies import engine_curves
+from tests.studies.engine_curves import job, plain
 
 
 def test_compiled_steps_follow_plain_ones_on_two_ranks(
@@ -30,7 +30,7 @@ def test_compiled_steps_follow_plain_ones_on_two_ranks(
         job(name, 0, 8, plain("DDP", micro_batch_size=3, compile=compiled))
         for name, compiled in (("plain", False), ("compiled", True))
     ]
-    found = engine_proofs.run_jobs(tmp_path, 2, jobs)
+    found = engine_curves.run_jobs(tmp_path, 2, jobs)
     assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-5)
     # Other kernels: had nothing been compiled, not a bit would differ.
     assert found["compiled"]["losses"] != found["plain"]["losses"]

@@ -1,4 +1,4 @@
-"""DDP and DeepSpeed's ZeRO stages: one curve, one checkpoint. tests/engine_proofs.py has the long version."""
+"""DDP and DeepSpeed's ZeRO stages follow one curve and share checkpoints. tests/studies/engine_curves.py."""
 
 import importlib.util
 import sys
@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.models.cvae import build_model
 from cvae.training import deepspeed_engine
 from cvae.training.engine import build_engine
-from cvae.training.ranks import Ranks
-from tests import engine_proofs, ranks
 from tests.conftest import tiny_experiment, write_store
-from tests.engine_proofs import identical, job, plain
+from tests.helpers import ranks
+from tests.studies import engine_curves
+from tests.studies.engine_curves import identical, job, plain
 
 _STAGES = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         for before, after in [*zip(_STAGES, _STAGES, strict=True), *_MOVES]:
             name = f"{before} > {after}"
             jobs.append(job(name, 6, 12, plain(after, **options), load=f"{before} half", save=name))
-        found = engine_proofs.run_jobs(folder, 3, jobs)
+        found = engine_curves.run_jobs(folder, 3, jobs)
         alone = [
             job(f"{engine} alone", 6, 12, plain(engine, **options), load=f"{engine} half")
             for engine in _STAGES
@@ -53,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             for engine in ("DDP", *_STAGES)
         ]
         said = found["said"]
-        found |= engine_proofs.run_jobs(folder, 1, alone)
+        found |= engine_curves.run_jobs(folder, 1, alone)
         found["said"] = said + found["said"]
     return folder, found
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
+from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import open_data
 from cvae.data.feed import micro_batches
-from cvae.data.order import BatchOrder
+from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import build_model
 from cvae.training.engine import build_engine
-from cvae.training.meter import Meter
-from cvae.training.ranks import Ranks
+from cvae.training.rates import Meter
 from tests.conftest import tiny_experiment
-from workflows.benchmarks.contestants import Subject, bare
+from tests.studies.benchmarks.contestants import Subject, bare
 
 # What reads a number on the host: on a GPU it waits for everything before it.
 _WAITING = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from cvae.data.store import file_sha256
+from cvae.distributed import precision
+from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
-from cvae.run_directory import RunDirectory
-from cvae.training import checkpoint, precision
+from cvae.run import checkpoint
+from cvae.run.directory import RunDirectory
 from cvae.training import train as training
 from cvae.training.ema import update_average
-from cvae.training.ranks import Ranks
 from cvae.training.train import Outcome, train
-from tests import ranks
 from tests.conftest import PROJECT_ROOT, tiny_experiment, write_store
+from tests.helpers import ranks
 
 
 @pytest.fixture(autouse=True)

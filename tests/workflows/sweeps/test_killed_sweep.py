@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cvae.run_directory import RunDirectory
-from tests import ranks
-from tests.workflows.sweeps.sweeping import start, sweep, trials, write
+from cvae.run.directory import RunDirectory
+from tests.helpers import ranks
+from tests.helpers.sweeping import start, sweep, trials, write
 from workflows import sweep as sweep_command
 from workflows.sweeps.directory import SweepDirectory, Trial
 from workflows.sweeps.mirror import behind

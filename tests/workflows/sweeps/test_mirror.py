@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cvae.config import Experiment
+from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.file_lock import file_lock
-from cvae.training.journal import Journal
+from cvae.files.file_lock import file_lock
+from cvae.run.journal import Journal
 from tests.conftest import tiny_experiment
-from tests.trained import make_run
+from tests.helpers.trained_runs import make_run
 from workflows import runs
 from workflows import sweep as sweep_command
 from workflows.sweeps import mirror
-from workflows.sweeps.config import Sweep
 from workflows.sweeps.directory import SweepDirectory, Trial
+from workflows.sweeps.sweep_file import Sweep
 
 SPACE = {"name": "s", "experiment": "tiny.yaml", "space": {"seed": {"grid": [1, 2]}}}
 

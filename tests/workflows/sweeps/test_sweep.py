@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from cvae.run_directory import RunDirectory
-from cvae.training import journal
-from tests.workflows.sweeps.sweeping import sweep, trials, write
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from tests.helpers.sweeping import sweep, trials, write
 from workflows.sweeps.directory import Trial
 
 pytestmark = pytest.mark.timeout(280)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cvae.training import checkpoint
-from tests.trained import make_run
+from cvae.run import checkpoint
+from tests.helpers.trained_runs import make_run
 from workflows.sweeps import driver
 from workflows.sweeps.directory import LISTED, SweepDirectory, best_trial, run_name, values_of
 from workflows.sweeps.directory import Trial as Told

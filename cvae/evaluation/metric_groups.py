@@ -1,0 +1,107 @@
+"""The groups of metrics that a run can be evaluated by, and which of them fit it. Imports no torch."""
+
+from dataclasses import dataclass
+
+from cvae.config.experiment import Experiment
+from cvae.config.yaml_model import nearest
+from cvae.errors import UserError
+
+WHAT_THEY_ARE = {
+    "elbo": "−ELBO and its parts, text gain",
+    "iwae": "the importance-weighted bound on −log p(x|c)",
+    "active_units": "latent dimensions in use",
+    "reconstruction": "PSNR and SSIM; pictures of the worst and best",
+    "frechet": "Fréchet distances in random features, of reconstructions and of samples",
+    "fid": "the same in Inception's features; needs --inception FILE",
+    "classifier": "whether samples show the class they were drawn for",
+    "probe": "how well a linear classifier reads the class from μ",
+    "captions": "whether drawings find their own caption's scene",
+}
+UNITS = {
+    "loss": "nats per image",
+    "recon_loss": "nats per image",
+    "kl": "nats per image",
+    "neg_elbo": "nats per image",
+    "iwae": "nats per image",
+    "text_gain": "nats per image",
+    "psnr": "dB",
+}
+
+LOSS = (
+    "loss = recon_loss + beta·kl and neg_elbo = recon_loss + kl leave constants of the likelihood out; iwae and"
+    " bits_per_dim hold them."
+)
+_OF_A_GAUSSIAN = (
+    "A Gaussian's constant is ½ log π + log 255 = 6.11 nats a dimension, which makes iwae so much larger than"
+    " loss: compare them in bits per dimension"
+)
+CONSTANTS = {
+    "gaussian": _OF_A_GAUSSIAN + " (σ² = ½).",
+    "optimal_gaussian": _OF_A_GAUSSIAN + ".",
+    "bernoulli": "Bernoulli's loss is of grey pixels, iwae of pixels drawn as 0 or 1, without a constant.",
+}
+"""What recon_loss leaves out under each likelihood."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What evaluate_runs is asked to find out about a run, as plain data."""
+
+    run: str
+    """Its folder."""
+    split: str
+    """val | train"""
+    groups: list[str]
+    iwae_samples: int
+    inception: str | None = None
+    """The file of the Inception network, and its sha256."""
+    inception_sha256: str | None = None
+
+    def key(self, group: str) -> str:
+        """Returns under which key the journal has a group's metrics, once a checkpoint.
+
+        It holds whatever else than the checkpoint and the run's data the numbers depend on.
+        """
+        settings = {"iwae": str(self.iwae_samples), "fid": (self.inception_sha256 or "")[:16]}
+        return "-".join([f"{self.split}/{group}", *filter(None, [settings.get(group)])])
+
+
+def prefix(split: str) -> str:
+    """Before the metrics' names."""
+    return "eval" if split == "val" else f"eval_{split}"
+
+
+def fitting(
+    experiment: Experiment,
+    labelled: bool,
+    wanted: list[str] | None,
+    inception: str | None,
+    split: str = "val",
+) -> list[str]:
+    """Returns the wanted groups in their order, or all that fit a run and a split.
+
+    labelled: whether its data have classes. Raises UserError if a wanted one is unknown or does not fit.
+    """
+    condition = experiment.model.condition
+    unfit = {
+        "fid": None if inception else "needs --inception FILE, a TorchScript Inception network",
+        "classifier": None if condition == "label" else "is for models that are told a class",
+        "probe": None if labelled else f"needs labels, which {experiment.data.name} has not",
+        "captions": None if condition == "text" else "is for models that are told a caption",
+    }
+    if split != "val":
+        # Its samples are of no split, and it is itself trained on the training images.
+        unfit["classifier"] = unfit["classifier"] or f"judges samples, which no --split {split} has"
+    if wanted is None:
+        return [name for name in WHAT_THEY_ARE if unfit.get(name) is None]
+    for name in wanted:
+        if name not in WHAT_THEY_ARE:
+            near = nearest(name, list(WHAT_THEY_ARE))
+            raise UserError(f"--metrics {name}: there is no such group{near}; {_all()}")
+        if unfit.get(name) is not None:
+            raise UserError(f"--metrics {name}: {unfit[name]} (model.condition = {condition!r})")
+    return [name for name in WHAT_THEY_ARE if name in wanted]
+
+
+def _all() -> str:
+    return f"they are {', '.join(WHAT_THEY_ARE)}"

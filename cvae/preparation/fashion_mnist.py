@@ -1,0 +1,159 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, github.com/zalandoresearch/fashion-mnist)."""
+
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvae.data.store import Manifest, SplitManifest, Store, store_path
+from cvae.errors import UserError
+from cvae.preparation.download import fetch
+from cvae.preparation.store_writer import (
+    Prepared,
+    building,
+    commit,
+    file_entries,
+    intact_manifest,
+    save_array,
+)
+
+IMAGE_SIZE = 28
+CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+_PREFIXES = {"train": "train", "test": "t10k"}
+
+
+def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
+    """Prepares fashion_mnist-28 with the splits train and test.
+
+    source: a folder of the four idx or idx.gz files; by default Debian's, else a download.
+    Raises UserError for a file that is missing, cut short or no idx file, when a download fails,
+    and when the store was prepared from other files or is being prepared by another process.
+    """
+    path = store_path("fashion_mnist", IMAGE_SIZE)
+    with building(path) as folder:
+        manifest = intact_manifest(path, _PREFIXES)
+        complete = manifest is not None and set(_PREFIXES) <= set(manifest.splits)
+        if complete and source is None:
+            return Prepared(Store(path), made=False)
+        if source is None:
+            source = DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else download(folder / "download", URL)
+        data = {split: _read_split(source, prefix) for split, prefix in _PREFIXES.items()}
+        if manifest is not None:
+            for split, content in manifest.splits.items():
+                if content.source != data[split][2]:
+                    raise UserError(
+                        f"{path} was prepared from other files than those in {source}; "
+                        "delete that folder to prepare it anew"
+                    )
+        if complete:
+            return Prepared(Store(path), made=False)
+        splits = {}
+        for split, (images, labels, origin) in data.items():
+            save_array(folder / split / "images.npy", images[:, None])
+            save_array(folder / split / "labels.npy", labels.astype(np.int64))
+            save_array(folder / split / "ids.npy", np.arange(len(images), dtype=np.int64))
+            splits[split] = SplitManifest(
+                source=origin,
+                images=len(images),
+                captions=0,
+                skipped=[],
+                files=file_entries(folder / split),
+            )
+        manifest = Manifest(
+            dataset="fashion_mnist",
+            image_size=IMAGE_SIZE,
+            channels=1,
+            classes=CLASSES,
+            splits=splits,
+            text_encoders={},
+        )
+        return Prepared(commit(folder, path, manifest), made=True)
+
+
+def download(folder: Path, url: str) -> Path:
+    """Fetches the four files into `folder`, those that are not there already; checks their MD5.
+
+    Raises UserError when the server cannot be reached or sends something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, md5 in MD5.items():
+        fetch(
+            f"{url}/{name}",
+            folder / name,
+            md5,
+            "without network install Debian's package dataset-fashion-mnist or give a folder of the "
+            "idx files: --source DIR",
+        )
+    return folder
+
+
+def _read_split(
+    folder: Path, prefix: str
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, str]]:
+    """Images (N, 28, 28), labels (N,), and the checksums of what they were read from."""
+    images, images_sha256 = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), 3)
+    labels, labels_sha256 = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte"), 1)
+    where = f"{folder}/{prefix}-*"
+    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE) or len(images) == 0:
+        raise UserError(f"{where}: images are {images.shape}, not (N, {IMAGE_SIZE}, {IMAGE_SIZE})")
+    if len(images) != len(labels):
+        raise UserError(f"{where}: {len(images)} images but {len(labels)} labels")
+    if labels.max() >= len(CLASSES):
+        raise UserError(f"{where}: label {labels.max()}; Fashion-MNIST has 0 to {len(CLASSES) - 1}")
+    return images, labels, {"images_sha256": images_sha256, "labels_sha256": labels_sha256}
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder} has neither {name}.gz nor {name}")
+
+
+def read_idx(path: Path, dims: int) -> tuple[NDArray[np.uint8], str]:
+    """An array of bytes in the idx format (yann.lecun.com/exdb/mnist), and the sha256 of the file.
+
+    The checksum is that of the uncompressed file. Raises UserError when the file is damaged.
+    """
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    header = struct.calcsize(f">4B{dims}I")
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions, their sizes.
+    if len(content) < header or content[:4] != bytes([0, 0, 8, dims]):
+        raise UserError(f"{path} is not an idx file of {dims}-dimensional unsigned bytes")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    if len(content) - header != math.prod(shape):
+        raise UserError(
+            f"{path} is damaged: {len(content) - header} bytes of data, "
+            f"but its header promises {math.prod(shape)}"
+        )
+    array = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return array, hashlib.sha256(content).hexdigest()

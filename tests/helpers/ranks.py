@@ -1,0 +1,81 @@
+"""Real ranks on this machine: one process each, found by torch's environment variables.
+
+`python -m tests.helpers.ranks RUN_PATH PORT [RUN_PATH PORT …]` is what each of them runs.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cvae.config.experiment import Experiment
+from cvae.errors import UserError
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from tests.helpers.rank_processes import Processes, free_port, start_python
+
+_PATIENCE_S = 120
+
+
+def start(run: RunDirectory, world_size: int, *more: RunDirectory) -> Processes:
+    """more: runs that the same processes train afterwards, as starting them takes longer than training."""
+    words = [word for one in (run, *more) for word in (str(one.path), str(free_port()))]
+    return start_python(["-m", "tests.helpers.ranks", *words], world_size)
+
+
+def finish(processes: Processes, patience_s: float = _PATIENCE_S) -> list[str]:
+    """What each rank printed; fails where one of them takes longer than that, two minutes."""
+    try:
+        return [process.communicate(timeout=patience_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def train(run: RunDirectory, world_size: int, *more: RunDirectory) -> list[str]:
+    return finish(start(run, world_size, *more))
+
+
+def wait_for_step(run: RunDirectory, step: int) -> None:
+    wait_until(lambda: max(steps(run), default=0) >= step)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [line["step"] for line in lines(run, "step")]
+
+
+def losses(run: RunDirectory) -> list[float]:
+    return [line["metrics"]["train/loss"] for line in lines(run, "step")]
+
+
+def lines(run: RunDirectory, kind: str) -> list[dict]:  # type: ignore[type-arg]
+    return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
+
+
+def new_run(name: str, plain: dict[str, object]) -> RunDirectory:
+    return RunDirectory.create(name, Experiment.model_validate(plain))
+
+
+def weights(run: RunDirectory) -> dict[str, bytes]:
+    """The last checkpoint's files, byte by byte."""
+    last = sorted(run.checkpoints.glob("step-*"))[-1]
+    return {file.name: file.read_bytes() for file in sorted(last.iterdir())}
+
+
+if __name__ == "__main__":
+    from cvae.training.train import train as train_rank
+
+    try:
+        for path, port in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            os.environ["MASTER_PORT"] = port
+            print(train_rank(Path(path), mirrored=False))
+    except UserError as error:
+        sys.exit(f"error: {error}")

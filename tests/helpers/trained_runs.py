@@ -1,0 +1,68 @@
+"""Runs that look trained: real run directories with a checkpoint of fresh weights, over tiny stores."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cvae.config.experiment import Experiment
+from cvae.data.experiment_data import open_data
+from cvae.data.store import Manifest, file_sha256, text_file
+from cvae.data.text_encoder import load_encoder
+from cvae.models.cvae import build_model
+from cvae.run import checkpoint
+from cvae.run.directory import RunDirectory
+from cvae.run.journal import Journal
+from tests.conftest import tiny_experiment
+
+
+def make_run(
+    name: str = "tiny", captioned: bool = False, condition: str | None = None, encoder: str = "toy"
+) -> RunDirectory:
+    """A run on the tiny store, which must be there, with a checkpoint of step 7."""
+    tree = tiny_experiment(captioned)
+    if condition is not None:
+        tree["model"]["condition"] = condition  # type: ignore[index]
+    if captioned:
+        tree["data"]["text_encoder"] = None if condition == "none" else encoder  # type: ignore[index]
+    experiment = Experiment.model_validate(tree)
+    run = RunDirectory.create(name, experiment)
+    data = open_data(experiment)
+    model = build_model(experiment.model, data.image_shape, data.condition_dim, seed=1)
+    save_weights(run, model.state_dict(), step=7)
+    return run
+
+
+def make_run_on_other_data() -> RunDirectory:
+    """A run that was trained on other data than the tiny store has now."""
+    run = make_run()
+    with closing(Journal(run.journal_file)) as journal:
+        journal.append("start", step=0, data_digest="0" * 64)
+    return run
+
+
+def save_weights(run: RunDirectory, weights: dict[str, Tensor], step: int, part: str = "") -> None:
+    """Saves a best checkpoint; part "ema": these weights as averaged ones, beside zeros."""
+    tensors = {"model": weights}
+    if part == "ema":
+        zeros = {name: tensor * 0 for name, tensor in weights.items()}
+        tensors = {"model": zeros, "ema": weights}
+    checkpoint.save(run.checkpoints, checkpoint.Snapshot(tensors, {"step": step}), 3, best=True)
+
+
+def encode_with(root: Path, name: str = "minilm") -> None:
+    """Gives a tiny captioned store the vectors of a real encoder, so that it understands new captions."""
+    encoder = load_encoder(name)
+    manifest = Manifest.model_validate_json((root / "manifest.json").read_bytes())
+    for split_name, split in manifest.splits.items():
+        captions = json.loads((root / split_name / "captions.json").read_text())
+        file = root / split_name / text_file(name)
+        np.save(file, encoder.encode(captions))
+        entry = split.files["text/toy.npy"].model_copy(
+            update={"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        )
+        split.files[text_file(name)] = entry
+    manifest.text_encoders[name] = encoder.entry()
+    (root / "manifest.json").write_text(manifest.to_json())

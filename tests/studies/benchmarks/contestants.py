@@ -1,0 +1,96 @@
+"""What is measured beside the training loop, each as a job of its own on the machine that trains."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cvae.config.experiment import Experiment, load_experiment
+from cvae.data.draws import BatchOrder
+from cvae.data.experiment_data import ExperimentData, open_data
+from cvae.data.feed import MicroBatch, micro_batches
+from cvae.distributed import precision
+from cvae.distributed.ranks import connect
+from cvae.files.paths import write_atomically
+from cvae.models.cvae import build_model
+from cvae.training.adam import build_adam
+from tests.studies.benchmarks import timing
+from workflows.jobs.scaling_model import work
+
+
+class Subject(NamedTuple):
+    """What a contestant trains, and with what."""
+
+    experiment: Experiment
+    data: ExperimentData
+    precision: str
+    device: torch.device
+    coco: Path | None
+    """An official MS COCO download, for those that read JPEGs."""
+
+
+class Contest(NamedTuple):
+    """One contestant's loop, ready to run."""
+
+    step: timing.Step
+    batch_size: int
+    multiple: int = 1
+    """Its steps are counted in multiples of this."""
+
+
+def measure(name: str, experiment: str, seconds: float, coco: Path | None, result: Path) -> None:
+    """Writes images_per_second and peak_memory_bytes to `result`; the bare step also what its work is."""
+    from tests.studies.benchmarks.peers import PEERS
+
+    plan = load_experiment(Path(experiment))
+    with connect() as ranks:
+        chosen = precision.establish(plan.training, ranks.device)
+        subject = Subject(plan, open_data(plan), chosen, ranks.device, coco)
+        build: Callable[[Subject], Contest] = bare if name == BARE else PEERS[name].build
+        contest = build(subject)
+        rate = timing.steps_per_second(contest.step, seconds, ranks.device, contest.multiple)
+        told: dict[str, Any] = {
+            "images_per_second": rate * contest.batch_size,
+            "peak_memory_bytes": timing.peak_memory(ranks.device),
+        }
+        if name == BARE:
+            data = subject.data
+            told["flops_per_image"] = work(plan, data.image_shape, data.condition_dim)[1]
+            told["peaks"] = timing.peaks(chosen, ranks.device)
+            told["precision"] = chosen
+    write_atomically(result, json.dumps(told))
+
+
+BARE = "bare step"
+
+
+def bare(subject: Subject) -> Contest:
+    """Forward, backward and Adam on one resident batch, in the same precision: the model's own limit."""
+    experiment, data, device = subject.experiment, subject.data, subject.device
+    model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
+    optimizer = build_adam(model.to(device), experiment.optimizer)
+    forward = torch.compile(model, dynamic=False) if experiment.training.compile else model
+    batch_size = experiment.training.global_batch_size
+    batches = resident(subject, model.latent_shape)
+
+    def step() -> None:
+        for batch in batches:
+            with precision.autocast(subject.precision, device):
+                elbo = forward(*batch)
+            torch.autograd.backward((elbo.recon_loss + elbo.kl_penalty).sum() / batch_size)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contest(step, batch_size)
+
+
+def resident(subject: Subject, latent_shape: tuple[int, ...]) -> list[MicroBatch]:
+    """The run's first batch, on the device."""
+    experiment, data = subject.experiment, subject.data
+    batch_size = experiment.training.global_batch_size
+    order = BatchOrder(experiment.seed, data.train_rows, batch_size, latent_shape)
+    micro = experiment.training.micro_batch_size
+    share = slice(0, batch_size)
+    return micro_batches(data, data.train, order.batch(0), share, micro, subject.device)

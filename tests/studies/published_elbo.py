@@ -1,0 +1,100 @@
+"""Does our loop learn what the paper's learns in as many steps? Prints validation −ELBOs side by side.
+
+    python -m tests.studies.published_elbo DIR [STEPS] [SEEDS]
+
+By hand, on an official COCO download and its prepared store at 64×64 (minilm) in $CVAE_HOME: minutes on two cores.
+The paper's loop, in our own words: JPEGs decoded whole and resized, fp32, torch's Adam, shuffled epochs, a caption
+and noise by torch's generator. Ours is cvae.training.train in bf16 with the same initial weights; the images
+that are evaluated are the store's for both.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from cvae.config.experiment import Experiment, load_experiment
+from cvae.data.experiment_data import open_data
+from cvae.distributed.ranks import Ranks
+from cvae.evaluation.elbo import evaluate_elbo
+from cvae.models.cvae import build_model
+from cvae.preparation.coco_annotations import read_annotations
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from cvae.training.train import train
+from tests.conftest import PROJECT_ROOT
+
+_OPTIONS = ["data.text_encoder=minilm", "data.fraction=1.0", "training.eval_every=1000000"]
+
+
+def main(coco: Path, steps: int, seeds: int) -> None:
+    print("| seed | ours, bf16 | published, fp32 | difference |\n|---|---|---|---|")
+    differences = []
+    for seed in range(seeds):
+        options = [*_OPTIONS, f"seed={seed}", f"training.max_steps={steps}"]
+        experiment = load_experiment(PROJECT_ROOT / "configs" / "coco_baseline.yaml", options)
+        found = ours(experiment), published(experiment, coco)
+        differences.append(found[0] - found[1])
+        print(f"| {seed} | {found[0]:.1f} | {found[1]:.1f} | {differences[-1]:+.1f} |", flush=True)
+    print(f"\nmean difference {np.mean(differences):+.2f} nats after {steps} steps")
+
+
+def ours(experiment: Experiment) -> float:
+    """−ELBO of val, in nats an image."""
+    training = experiment.training.model_copy(update={"precision": "bf16"})
+    with TemporaryDirectory() as folder:
+        made = experiment.model_copy(update={"training": training})
+        run = RunDirectory.create("run", made, Path(folder))
+        train(run.path, False)
+        epochs = [one for one in journal.read(run.journal_file)[0] if one["kind"] == "epoch"]
+    return float(epochs[-1]["metrics"]["val/loss"])
+
+
+def published(experiment: Experiment, coco: Path) -> float:
+    """As ours()."""
+    data, batch_size = open_data(experiment), experiment.training.global_batch_size
+    assert data.train.text is not None
+    assert data.train.caption_offsets is not None
+    torch.manual_seed(experiment.seed)
+    model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=experiment.optimizer.lr)
+    text, offsets = torch.tensor(data.train.text), torch.tensor(data.train.caption_offsets)
+    pixels = _decoded_whole(coco, data.train.ids.tolist(), experiment.data.image_size)
+    items = TensorDataset(pixels, offsets[:-1], offsets.diff())
+    loader = DataLoader(items, batch_size, shuffle=True, drop_last=True)
+    left = experiment.total_steps(len(data.train))
+    with tqdm(total=left, unit="step", desc="published", leave=False) as bar:
+        while left > 0:
+            for images, first, count in loader:
+                captions = text[first + (torch.rand(len(images)) * count).long()]
+                noise = torch.randn(len(images), *model.latent_shape)
+                elbo = model(images, captions, noise)
+                optimizer.zero_grad()
+                (elbo.recon_loss + elbo.kl).mean().backward()
+                optimizer.step()
+                bar.update()
+                left -= 1
+                if left == 0:
+                    break
+    here = Ranks(0, 1, torch.device("cpu"), None)
+    return evaluate_elbo(model, data, data.val, experiment, here)["loss"]
+
+
+def _decoded_whole(coco: Path, ids: list[int], size: int) -> torch.Tensor:
+    """uint8 (N, 3, size, size): without the decoder's quick way to a smaller image."""
+    names = {one.id: one.file_name for one in read_annotations(coco, "train2017").images}
+    arrays = []
+    for image_id in ids:
+        with Image.open(coco / "train2017" / names[image_id]) as picture:
+            arrays.append(np.array(picture.convert("RGB").resize((size, size))))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+if __name__ == "__main__":
+    folder, *numbers = sys.argv[1:]
+    main(Path(folder), *[int(number) for number in (*numbers, *(60, 3)[len(numbers) :])])

@@ -1,0 +1,81 @@
+"""The model of scale beside what two hosts measure over a throttled link: `python -m tests.studies.scaling_check`.
+
+Prints Markdown: images a second of two ranks on two hosts of the test cluster, as measured and as
+workflows/jobs/scaling_model.py predicts from one rank's rate. Exits with 1 if one is off by more than 15 %.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from cvae.config.experiment import load_experiment
+from cvae.files import paths
+from slurm import cluster_file as clusters
+from slurm.cluster_file import Placement
+from tests.conftest import TEXT_DIM, write_store
+from tests.studies.benchmarks.rounds import Bench
+from tests.testcluster import Cluster
+from workflows.jobs.plan import locate
+from workflows.jobs.scaling_model import expect
+from workflows.jobs.scaling_model import work as work_of
+
+_LINKS_MBIT_S = (None, 800, 400, 200, 100)
+_ROUNDS, _SECONDS, _MOST_OFF = 3, 5, 0.15
+_PER_RANK = 128
+_OPTIONS = [
+    "data.name=tinytext",
+    "data.image_size=16",
+    "data.text_encoder=toy",
+    "model.conv.width=64",
+]
+
+
+def main() -> int:
+    folder = Path(tempfile.mkdtemp())
+    os.environ["CVAE_HOME"] = str(folder)
+    write_store(folder, captioned=True, sizes=(512, 21))
+    file = paths.PROJECT_ROOT / "configs" / "demo.yaml"
+    batch = [f"training.global_batch_size={_PER_RANK * n}" for n in (1, 2)]
+    one, two = (load_experiment(file, [*_OPTIONS, "training.precision=fp32", b]) for b in batch)
+    cluster = Cluster()
+    was_up = not cluster.up()
+    asked = clusters.split(2, 2)
+    place, placement, _ = locate(asked, "testcluster", dry=False)
+    bench = Bench(place, folder / "jobs", _SECONDS)
+    env = {"OMP_NUM_THREADS": "1"}
+    alone = statistics.median(
+        bench.loop(one, Placement(1, 1), 600.0, env=env)["images_per_second"]
+        for _ in range(_ROUNDS)
+    )
+    n_parameters, _ = work_of(two, (1, 16, 16), TEXT_DIM)
+    worst = 0.0
+    print(f"one rank alone: {alone:.1f} images/s; gradient {4 * n_parameters / 1e6:.1f} MB\n")
+    print("| link, Mb/s | measured, images/s | foretold | off by |\n|---|---|---|---|")
+    try:
+        for mbit_s in _LINKS_MBIT_S:
+            for node in cluster.nodes:
+                node.throttle_link(mbit_s)
+            found = statistics.median(
+                bench.loop(two, placement, alone, env=env)["images_per_second"]
+                for _ in range(_ROUNDS)
+            )
+            between = 1e12 if mbit_s is None else mbit_s * 1e6 / 8
+            told = expect(placement, 2 * _PER_RANK, alone, 4 * n_parameters, 1e12, between)
+            off = told.images_per_second / found - 1
+            worst = max(worst, abs(off))
+            name = "none" if mbit_s is None else mbit_s
+            print(
+                f"| {name} | {found:.1f} | {told.images_per_second:.1f} | {off:+.0%} |", flush=True
+            )
+    finally:
+        for node in cluster.nodes:
+            node.throttle_link(None)
+        if not was_up:
+            cluster.down()
+    return int(worst > _MOST_OFF)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The story of a run's tries, as `runs.py show` tells it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cvae.config.experiment import Experiment
+from cvae.run import journal
+from cvae.run.directory import RunDirectory
+from slurm import attempts, job_files
+from slurm.attempts import Try
+from slurm.commands import JobState
+from tests.conftest import tiny_experiment
+from workflows.listing.attempt_summary import story
+from workflows.listing.run_view import show_text
+
+ENTRY = {"time": 1.0, "cluster": "v100", "executor": "slurm", "job_id": "12", "host": "login"}
+ENTRY |= {"nodes": 2, "gpus": 8, "world_size": 8}
+
+
+@pytest.fixture
+def run(home: Path) -> RunDirectory:
+    run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
+    run.launch_file.write_text(json.dumps([ENTRY]))
+    lines = [(11, "start", 0), (20, "step", 40), (30, "step", 90), (51, "start", 80)]
+    text = "".join(
+        json.dumps({"time": t, "kind": k, "step": s, "metrics": {}}) + "\n" for t, k, s in lines
+    )
+    run.journal_file.write_text(text)
+    nodes = [f"n{number}" for number in range(10)]
+    crash = Try(1, 10.0, nodes, 31.0, "crash", "rank 3 on n1: Killed", "n1", "", True, ["n1"])
+    attempts.write(run.logs, "12", [crash, Try(2, 50.0, ["n2"])])
+    return run
+
+
+def told(run: RunDirectory, job: JobState) -> list[str]:
+    return story(run, journal.read(run.journal_file)[0], job)
+
+
+def test_where_how_far_why_and_what_was_lost(run: RunDirectory) -> None:
+    first, second = told(run, JobState("running", "RUNNING"))
+    assert "on n0, n1, n2, n3, n4, n5, n6, n7 and 2 more" in first
+    for words in ("step 0 to 90", "after 21 s", "rank 3 on n1: Killed", "10 steps lost"):
+        assert words in first
+    assert first.endswith("next without n1")
+    assert second.endswith("on n2; step 80 to 80; running")
+
+
+def test_a_try_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
+    result = {"status": "stopped", "reason": "SIGTERM at step 99, saved"}
+    job_files.result_file(run.logs, "12").write_text(json.dumps(result))
+    last = told(run, JobState("ended", "CANCELLED"))[-1]
+    assert last.endswith("cancelled in SLURM; SIGTERM at step 99, saved")
+
+
+def test_a_requeue_that_slurm_refused_or_never_answered(run: RunDirectory) -> None:
+    first, second = attempts.read(run.logs, "12")
+    second = replace(second, ended=60.0, cause="crash", why="boom", restarts=True, requeue="asked")
+    attempts.write(run.logs, "12", [first, second])
+    assert told(run, JobState("queued", "PENDING"))[-1].endswith("; boom")
+    last = told(run, JobState("ended", "FAILED"))[-1]
+    assert "it was to be tried again, but SLURM was asked to do so and has not" in last
+    attempts.write(run.logs, "12", attempts.answered([first, second], "SLURM says: disabled"))
+    last = told(run, JobState("ended", "FAILED"))[-1]
+    assert last.endswith(
+        "boom; it was to be tried again, but SLURM says: disabled; it can be resumed by hand"
+    )
+
+
+def test_what_the_last_preflight_saw(run: RunDirectory) -> None:
+    host = {"free_disk": 9e10, "free_memory": 31e9, "clock_offset_s": 0.0}
+    other = {"free_disk": None, "free_memory": 29e9, "clock_offset_s": -0.42}
+    network = {"latency_s": 2e-4, "bytes": 10**8, "seconds": 0.02}
+    line = {"time": 51.0, "kind": "preflight", "hosts": {"n1": host, "n2": other}, "warnings": []}
+    with run.journal_file.open("w") as file:
+        for seconds, found in ((7.0, None), (1.2, network)):
+            file.write(json.dumps({**line, "seconds": seconds, "all_reduce": found}) + "\n")
+    shown = show_text(run)
+    assert "2 nodes in 1.2 s, free memory 29.0 GB, free disk 90.0 GB, clocks within 0.4 s" in shown
+    assert "all-reduce: 0.20 ms for 8 bytes, 0.020 s for 100 MB: 5 GB/s" in shown
+    assert "7.0 s" not in shown
