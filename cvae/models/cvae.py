@@ -12,15 +12,6 @@ from cvae.models.backbone import ImageShape, Moments
 from cvae.models.likelihood import LIKELIHOODS
 from cvae.models.prior import PRIORS, Prior, normal_log_prob
 
-# One line a backbone: the module whose build() makes its encoder and decoder. Imported when it is asked
-# for, since diffusers takes seconds.
-BACKBONES = {
-    "mlp": "cvae.models.mlp",
-    "conv": "cvae.models.conv",
-    "resnet": "cvae.models.resnet",
-    "ldm": "cvae.models.ldm",
-}
-
 
 class Elbo(NamedTuple):
     """The parts of −ELBO, one value per image, in nats; all (B,) in fp32."""
@@ -46,8 +37,9 @@ class Cvae(nn.Module):
         # Saved with the weights: whoever loads them conditions as the training did.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
-        build = importlib.import_module(BACKBONES[model.backbone]).build
-        self.encoder, self.decoder = build(model, shape, condition_dim)
+        # A backbone is the module of its name. It is imported only if it is used: diffusers takes seconds.
+        backbone = importlib.import_module(f"cvae.models.{model.backbone}")
+        self.encoder, self.decoder = backbone.build(model, shape, condition_dim)
         self.latent_shape: tuple[int, ...] = self.encoder.latent_shape
         self.prior: Prior = PRIORS[model.prior](condition_dim, self.latent_shape)
 

@@ -1,5 +1,6 @@
 """Experiments: what is read is what is meant, and what is wrong is said in one line."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from cvae.config import yaml_model
-from cvae.config.experiment import Experiment, load_experiment
+from cvae.config.experiment import HALVINGS, Experiment, load_experiment
 from cvae.errors import UserError
-from cvae.models.cvae import BACKBONES
 from cvae.models.fusion import FUSIONS
 from cvae.models.likelihood import LIKELIHOODS
 from cvae.models.prior import PRIORS
@@ -143,7 +143,7 @@ def test_a_missing_file_names_those_there_are(file: Path) -> None:
 def test_every_name_of_the_schema_is_built() -> None:
     """A backbone, fusion or likelihood in the schema without a line in its table, or the other way round."""
     for field, table in (
-        ("backbone", BACKBONES),
+        ("backbone", HALVINGS),
         ("fusion", FUSIONS),
         ("likelihood", LIKELIHOODS),
         ("prior", PRIORS),
@@ -156,6 +156,10 @@ def test_every_name_of_the_schema_is_built() -> None:
             Experiment.model_validate({**plain, "model": {**plain["model"], field: "?"}})  # type: ignore[dict-item]
         assert all(f"'{name}'" in str(caught.value) for name in table)
         assert str(caught.value).split("Input should be")[1].count("'") // 2 >= len(table)
+
+
+def test_every_backbone_is_a_module_of_its_name() -> None:
+    assert all(find_spec(f"cvae.models.{name}") for name in HALVINGS)
 
 
 def test_total_steps_count_images_and_not_floats() -> None:
