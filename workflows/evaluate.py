@@ -17,7 +17,7 @@ from typing import Any
 
 from cvae import command_line
 from cvae.command_line import Parser, positive
-from cvae.data.store import file_sha256, open_store
+from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.evaluation.metric_groups import (
     CONSTANTS,
@@ -28,6 +28,7 @@ from cvae.evaluation.metric_groups import (
     fitting,
     prefix,
 )
+from cvae.files.checksums import sha256_of_file
 from cvae.progress import progress_bar
 from cvae.run import journal
 from cvae.run.code_snapshot import Snapshot
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> int:
 def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
     inception = digest = None
     if options.inception is not None:
-        inception, digest = str(options.inception.resolve()), file_sha256(options.inception)
+        inception, digest = str(options.inception.resolve()), sha256_of_file(options.inception)
     requests = []
     for run in runs:
         experiment = run.experiment()

@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from cvae.data.store import file_sha256
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.hub import model_folder
 
 MINILM = "minilm"
@@ -36,7 +36,7 @@ def weights_sha256(name: str, folder: Path) -> str:
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         raise UserError(f"text encoder '{name}': {folder} has no {' or '.join(WEIGHTS)}")
-    sha256 = file_sha256(weights)
+    sha256 = sha256_of_file(weights)
     if name == MINILM and sha256 != _MINILM_SHA256:
         raise UserError(
             f"text encoder 'minilm' is damaged: {weights} is not the published file; repair it "
@@ -48,7 +48,7 @@ def weights_sha256(name: str, folder: Path) -> str:
 def settings_sha256(folder: Path) -> dict[str, str]:
     """sha256 of the configuration and of each file of the tokenizer, by name."""
     files = {path for pattern in _SETTINGS for path in folder.glob(pattern) if path.is_file()}
-    return {path.name: file_sha256(path) for path in sorted(files)}
+    return {path.name: sha256_of_file(path) for path in sorted(files)}
 
 
 def revision(folder: Path) -> str | None:

@@ -1,7 +1,5 @@
 """The prepared data of one experiment: its splits, and what its model is conditioned on."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +10,7 @@ from cvae.data.draws import choose_fraction
 from cvae.data.store import Split, Store, open_store, text_file
 from cvae.data.verified_checksums import Verified
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_json
 from cvae.models.backbone import ImageShape
 from cvae.progress import progress_bar
 
@@ -132,5 +131,4 @@ def _files_read(store: Store, experiment: Experiment) -> dict[str, str]:
 
 def _digest(store: Store, experiment: Experiment) -> str:
     # Not the manifest's own digest: another encoder prepared later in the same store changes nothing here.
-    files = _files_read(store, experiment)
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(_files_read(store, experiment))

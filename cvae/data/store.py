@@ -22,11 +22,9 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cvae.data.row_reader import LARGE, RowReader
-from cvae.data.verified_checksums import Verified, file_sha256
+from cvae.data.verified_checksums import Verified
 from cvae.errors import UserError
 from cvae.files.paths import data_dir, printable
-
-__all__ = ["FileEntry", "Manifest", "Store", "file_sha256", "open_store"]
 
 MANIFEST = "manifest.json"
 _PREPARE_ARGUMENTS = {"coco": "coco --root DIR --size {image_size}"}

@@ -15,21 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cvae.files import paths
+from cvae.files.checksums import sha256_of_file
 from cvae.files.file_lock import file_lock
 
 # Some file systems count times in seconds: of a file younger than this a later change might not be seen.
 _SETTLED_S = 2.5
-_BLOCK = 4 << 20
-
-
-def file_sha256(path: Path, advance: Callable[[int], object] = lambda n: None) -> str:
-    """Returns the sha256 of a file. advance: called with the bytes read since the call before."""
-    with path.open("rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
 
 
 class Verified:
@@ -63,7 +53,7 @@ class Verified:
         began = time.time()
         before = [_state(path, sha) for path, sha in files]
         with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0))))) as pool:
-            found = list(pool.map(lambda file: file_sha256(file[0], advance), files))
+            found = list(pool.map(lambda file: sha256_of_file(file[0], advance), files))
         good = {
             str(path): state
             for (path, sha), state, digest in zip(files, before, found, strict=True)

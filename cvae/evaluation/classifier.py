@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cvae.data.experiment_data import ExperimentData
-from cvae.data.store import file_sha256
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.files.paths import write_atomically
 from cvae.models.backbone import ImageShape
 from cvae.models.cvae import to_unit
@@ -96,7 +96,7 @@ def _kept(weights_file: Path, identity: dict[str, str]) -> dict[str, str | float
     """What is known of the kept classifier, if it is intact and of this identity."""
     try:
         facts: dict[str, str | float] = json.loads(weights_file.with_suffix(".json").read_text())
-        if identity.items() <= facts.items() and facts["sha256"] == file_sha256(weights_file):
+        if identity.items() <= facts.items() and facts["sha256"] == sha256_of_file(weights_file):
             return facts
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # absent or damaged: the caller trains it anew

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cvae.data.store import Skipped, file_sha256
+from cvae.data.store import Skipped
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.files.paths import printable
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -67,7 +68,7 @@ def read_annotations(root: Path, folder: str) -> Annotations:
         skipped_images=skipped_images,
         skipped_captions=skipped_captions,
         info=_info(path, content),
-        sha256=file_sha256(path),
+        sha256=sha256_of_file(path),
     )
 
 

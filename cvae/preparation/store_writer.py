@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cvae.data.store import MANIFEST, FileEntry, Manifest, Store, file_sha256
+from cvae.data.store import MANIFEST, FileEntry, Manifest, Store
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.files.file_lock import Locked, file_lock
 from cvae.files.paths import write_atomically
 from cvae.progress import progress_bar
@@ -215,7 +216,7 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
     with progress_bar(sum(sizes.values()), "B", f"{folder.name}: checksums", delay=2) as bar:
         return {
             path.relative_to(folder).as_posix(): FileEntry(
-                bytes=size, sha256=file_sha256(path, bar.update)
+                bytes=size, sha256=sha256_of_file(path, bar.update)
             )
             for path, size in sizes.items()
         }

@@ -23,6 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file, sha256_of_json
 from cvae.files.paths import fsync
 from cvae.files.weights_file import write_weights
 
@@ -63,9 +64,9 @@ def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
         for part, tensors in snapshot.tensors.items():
             file = nascent / f"{part}.safetensors"
             write_weights(tensors, file)
-            digests[file.name] = _sha256(file)
+            digests[file.name] = sha256_of_file(file)
             fsync(file)
-        digests[_STATE] = _state_sha256(snapshot.state)
+        digests[_STATE] = sha256_of_json(snapshot.state)
         state = {**snapshot.state, "sha256": digests}
         (nascent / _STATE).write_text(json.dumps(state, indent=1))
         fsync(nascent / _STATE)
@@ -146,7 +147,7 @@ def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
     try:
         state = json.loads((folder / _STATE).read_text())
         digests: dict[str, str] = state.pop("sha256")
-        if digests.pop(_STATE) != _state_sha256(state):
+        if digests.pop(_STATE) != sha256_of_json(state):
             raise ValueError(f"the checksum of {_STATE} does not match")
         there = {file.name for file in folder.glob("*.safetensors")}
         needed = {f"{part}.safetensors" for part in parts or ("model", "optimizer")}
@@ -201,15 +202,3 @@ def _sweep(folder: Path) -> None:
     for pattern in (".step-*.new", ".step-*.old"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _state_sha256(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

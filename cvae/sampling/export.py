@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 
 from cvae.data.encoder_files import WEIGHTS as ENCODER_WEIGHTS
 from cvae.data.encoder_files import encoder_folder
-from cvae.data.store import SplitManifest, file_sha256
+from cvae.data.store import SplitManifest
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.files.output_folder import MARKER, whole_folder
 from cvae.files.paths import write_atomically
 from cvae.files.weights_file import write_weights
@@ -95,7 +96,9 @@ def _seal(exported: Exported, folder: Path) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     total = sum(file.stat().st_size for file in files)
     with progress_bar(total, "B", "checksums", delay=2) as bar:
-        digests = {str(file.relative_to(folder)): file_sha256(file, bar.update) for file in files}
+        digests = {
+            str(file.relative_to(folder)): sha256_of_file(file, bar.update) for file in files
+        }
     write_atomically(folder / CONFIG, exported.to_json(digests))
 
 
@@ -123,7 +126,7 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
                 tensors = torch.load(source / name, map_location="cpu", weights_only=True)
                 whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
                 write_weights(whole, folder / WEIGHTS, from_pytorch=True)
-                encoder.entry.hash = file_sha256(folder / WEIGHTS)
+                encoder.entry.hash = sha256_of_file(folder / WEIGHTS)
             else:
                 shutil.copyfile(source / name, folder / name)
             bar.update(size)

@@ -11,7 +11,6 @@ A run's own model/, which MLflow gets, is the same without text_encoder/, sample
     README.md             model card; for people to complete, so that it alone is not checked
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,8 +19,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cvae.data.store import TextEncoderEntry, file_sha256
+from cvae.data.store import TextEncoderEntry
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file, sha256_of_json
 from cvae.files.json_file import first_fault
 from cvae.files.output_folder import check_folder
 from cvae.progress import progress_bar
@@ -105,7 +105,7 @@ class Exported(_Block):
         """config.json, with the sha256 of these files and its own."""
         tree = self.model_dump(mode="json")
         tree["sha256"] = files
-        tree["sha256"] = {**files, CONFIG: _tree_sha256(tree)}
+        tree["sha256"] = {**files, CONFIG: sha256_of_json(tree)}
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -150,7 +150,7 @@ def read(folder: Path) -> Exported:
         )
     try:
         digests = dict(tree["sha256"])
-        whole = digests.pop(CONFIG) == _tree_sha256({**tree, "sha256": digests})
+        whole = digests.pop(CONFIG) == sha256_of_json({**tree, "sha256": digests})
     except (KeyError, TypeError, ValueError, RecursionError):
         whole = False
     if not whole:
@@ -199,9 +199,5 @@ def _check_files(folder: Path, digests: dict[str, str], again: str) -> None:
     total = sum((folder / name).stat().st_size for name in digests)
     with progress_bar(total, "B", f"{folder.name}: check", delay=2) as bar:
         for name, digest in digests.items():
-            if file_sha256(folder / name, bar.update) != digest:
+            if sha256_of_file(folder / name, bar.update) != digest:
                 raise UserError(f"{folder / name} is damaged (its sha256 is another); {again}")
-
-
-def _tree_sha256(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

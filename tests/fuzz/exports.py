@@ -11,7 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 from cvae.errors import UserError
-from cvae.sampling.export_format import CONFIG, _tree_sha256
+from cvae.files.checksums import sha256_of_json
+from cvae.sampling.export_format import CONFIG
 from tests.conftest import write_store
 from tests.fuzz import damage
 from tests.fuzz.frame import Case, command, target
@@ -112,7 +113,7 @@ def _seal(draw: random.Random, out: Path) -> bool:
             changed = damage.other_value(draw, tree)
             tree = changed if isinstance(changed, dict) else tree
         if isinstance(tree.get("sha256"), dict):
-            tree["sha256"][CONFIG] = _tree_sha256({**tree, "sha256": {**tree["sha256"]}})
+            tree["sha256"][CONFIG] = sha256_of_json({**tree, "sha256": {**tree["sha256"]}})
         (out / CONFIG).write_text(json.dumps(tree))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry, file_sha256
+from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry
+from cvae.files.checksums import sha256_of_file
 
 
 def write_manifest(
@@ -21,7 +22,7 @@ def write_manifest(
     for name, (images, captions) in counts.items():
         files = {
             str(file.relative_to(root / name)): FileEntry(
-                bytes=file.stat().st_size, sha256=file_sha256(file)
+                bytes=file.stat().st_size, sha256=sha256_of_file(file)
             )
             for file in sorted((root / name).rglob("*"))
             if file.is_file()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cvae.config.experiment import Experiment
 from cvae.data.experiment_data import open_data
-from cvae.data.store import Manifest, file_sha256, text_file
+from cvae.data.store import Manifest, text_file
 from cvae.data.text_encoder import load_encoder
+from cvae.files.checksums import sha256_of_file
 from cvae.models.cvae import build_model
 from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
@@ -61,7 +62,7 @@ def encode_with(root: Path, name: str = "minilm") -> None:
         file = root / split_name / text_file(name)
         np.save(file, encoder.encode(captions))
         entry = split.files["text/toy.npy"].model_copy(
-            update={"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            update={"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
         )
         split.files[text_file(name)] = entry
     manifest.text_encoders[name] = encoder.entry()

@@ -150,13 +150,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files count as settled at once; the list has those that were read whole."""
     monkeypatch.setattr(verified_checksums, "_SETTLED_S", -1.0)
     read: list[Path] = []
-    hashed = verified_checksums.file_sha256
+    hashed = verified_checksums.sha256_of_file
 
     def counted(path: Path, advance: Callable[[int], object]) -> str:
         read.append(path)
         return hashed(path, advance)
 
-    monkeypatch.setattr(verified_checksums, "file_sha256", counted)
+    monkeypatch.setattr(verified_checksums, "sha256_of_file", counted)
     return read
 
 
@@ -209,7 +209,7 @@ def test_without_a_place_to_remember_it_is_read_again(
 def test_ranks_of_a_host_read_a_store_once(
     tiny_store: Path, settled: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed, log = verified_checksums.file_sha256, home / "log"
+    hashed, log = verified_checksums.sha256_of_file, home / "log"
 
     def slow(path: Path, advance: Callable[[int], object]) -> str:
         with log.open("a") as file:
@@ -217,7 +217,7 @@ def test_ranks_of_a_host_read_a_store_once(
         time.sleep(0.02)
         return hashed(path, advance)
 
-    monkeypatch.setattr(verified_checksums, "file_sha256", slow)
+    monkeypatch.setattr(verified_checksums, "sha256_of_file", slow)
     children = []
     for _ in range(3):
         child = os.fork()

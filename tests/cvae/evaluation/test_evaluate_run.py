@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cvae.config.experiment import Experiment
-from cvae.data.store import file_sha256
 from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match
@@ -18,6 +17,7 @@ from cvae.evaluation.evaluate_run import _GROUPS, evaluate_runs
 from cvae.evaluation.evaluation_input import Subject
 from cvae.evaluation.latents import active_units
 from cvae.evaluation.metric_groups import WHAT_THEY_ARE, Request, fitting
+from cvae.files.checksums import sha256_of_file
 from cvae.run.directory import RunDirectory
 from cvae.sampling import sampler
 from cvae.sampling.sampler import load_run
@@ -101,7 +101,7 @@ def test_a_second_inception_network_is_asked_itself(tiny_store: Path, tmp_path: 
     for scale in (1.0, 3.0):
         torch.jit.script(Brightness(scale)).save(str(file))
         asked = replace(request(run, []), groups=["fid"], inception=str(file))
-        asked = replace(asked, inception_sha256=file_sha256(file))
+        asked = replace(asked, inception_sha256=sha256_of_file(file))
         for _ in range(2):
             evaluate_runs([asdict(asked)], tmp_path / "progress")
         found.append(lines(run, "evaluation")[-1]["metrics"]["eval/fid_samples"])

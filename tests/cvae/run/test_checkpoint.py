@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.run import checkpoint
 from cvae.run.checkpoint import Snapshot
 
@@ -121,7 +122,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
     torch.save({"w": torch.zeros(3)}, folder / "model.safetensors")
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = checkpoint._sha256(folder / "model.safetensors")
+    state["sha256"]["model.safetensors"] = sha256_of_file(folder / "model.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.load_newest(tmp_path, lambda _: None)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_json
 from cvae.sampling.export import export_run
-from cvae.sampling.export_format import _tree_sha256
 from cvae.sampling.sampler import load
 from tests.helpers.trained_runs import make_run
 
@@ -31,7 +31,7 @@ def reseal(folder: Path, change: Callable[[Tree], object] = lambda tree: None) -
         tree["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     change(tree)
     if isinstance(tree["sha256"], dict):
-        tree["sha256"]["config.json"] = _tree_sha256(tree)
+        tree["sha256"]["config.json"] = sha256_of_json(tree)
     file.write_text(json.dumps(tree))
 
 

@@ -71,7 +71,7 @@ import cvae.files.paths as paths
 from cvae.sampling.grids import labelled_grid
 from cvae.run.directory import RunDirectory
 
-for module, moment in ((export, "write_weights"), (export, "file_sha256"), (paths, "fsync")):
+for module, moment in ((export, "write_weights"), (export, "sha256_of_file"), (paths, "fsync")):
     child = os.fork()
     if child == 0:
         setattr(module, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))

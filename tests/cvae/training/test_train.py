@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cvae.data.store import file_sha256
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
+from cvae.files.checksums import sha256_of_file
 from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
 from cvae.training import train as training
@@ -262,9 +262,9 @@ def test_other_data_are_refused_on_resume(home: Path) -> None:
     digest = ranks.lines(run, "start")[0]["data_digest"]
     assert digest
     images = store / "train" / "images.npy"
-    before = file_sha256(images)
+    before = sha256_of_file(images)
     np.save(images, 255 - np.load(images))
-    manifest.write_text(manifest.read_text().replace(before, file_sha256(images)))
+    manifest.write_text(manifest.read_text().replace(before, sha256_of_file(images)))
     with pytest.raises(UserError, match="was trained on other data"):
         train(run.path, mirrored=False)
     end = ranks.lines(run, "end")[-1]
