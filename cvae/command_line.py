@@ -68,7 +68,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        _stop(f"error: {one_line(without_secrets(str(error)))}", 2)
+        _stop(f"error: {one_line(without_secrets(error.with_hint()))}", 2)
     except KeyboardInterrupt:
         _stop("error: interrupted", 130)
     except BrokenPipeError:

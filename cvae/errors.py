@@ -9,10 +9,26 @@ _WANT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory"
 
 
 class UserError(Exception):
-    """Something the user gave us is wrong: one line that says what, where, and what would be right.
+    """An error that the user can correct: one line with what is wrong, where, and what would be right.
 
-    Commands print it as ``error: …`` and exit with code 2; nothing has been written by then.
+    Commands print it as ``error: …`` and exit with status 2.
+
+    hint: a key of ``HINTS``, whose text the commands append, formatted with `values`. In this way a
+    library function can suggest a command without knowing the command line.
     """
+
+    def __init__(self, message: str, hint: str = "", **values: object) -> None:
+        super().__init__(message)
+        self.hint, self.values = hint, values
+
+    def with_hint(self) -> str:
+        """Returns the message, followed by the text of its hint if the running program has one."""
+        text = HINTS.get(self.hint, "").format(**self.values)
+        return f"{self}; {text}" if text else str(self)
+
+
+HINTS: dict[str, str] = {}
+"""The texts of hints, by key; the package `workflows` fills it."""
 
 
 _LONGEST_LINE = 400
@@ -45,10 +61,22 @@ def cut(text: str, most: int) -> str:
     return f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean a or b?" for a name that is not known; "" where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Returns "; did you mean a or b?" with the choices nearest to `name`, or "" if none is near.
+
+    Letter case is ignored. Among dotted keys ("model.latent_dim") a key with the same last part is
+    nearest, so that a misplaced key is found, too.
+    """
+    known = {choice.casefold(): choice for choice in choices}
+    name = name.casefold()
+    if any("." in key and key.replace(".", "_").isidentifier() for key in known):
+        leaf = name.rpartition(".")[2]
+        leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+        near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(name, known, 1, 0.75)
+        near = near or [leaves[key] for key in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    else:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(known[key] for key in near)}?" if near else ""
 
 
 def in_words(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """YAML files as strict pydantic models, with errors that name file, line, key and the nearest right key."""
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from cvae.config import yaml_reader
 from cvae.config.yaml_reader import Key, YamlError
-from cvae.errors import UserError, cut, shown
+from cvae.errors import UserError, cut, did_you_mean, shown
 
 _MOST_BYTES = 1_000_000
 _MOST_PARTS = 8
@@ -200,9 +199,8 @@ def _describe(
     place = next((origin[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origin), path)
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return (
-            f"{place}: {name} = {shown(value)}: unknown key{nearest(name, list(known_keys(model)))}"
-        )
+        near = did_you_mean(name, known_keys(model))
+        return f"{place}: {name} = {shown(value)}: unknown key{near}"
     if kind == "missing":
         return f"{place}: {name}: missing"
     if kind == "value_error":
@@ -213,7 +211,7 @@ def _describe(
         message = "should be letters, digits, '_', '.' and '-', the first a letter or a digit"
     near = ""
     if kind == "literal_error" and isinstance(value, str):
-        near = nearest(value, re.findall(r"'([^']*)'", problem["msg"]))
+        near = did_you_mean(value, re.findall(r"'([^']*)'", problem["msg"]))
     if kind in ("bool_type", "int_type", "float_type") and isinstance(value, str):
         near = _spelling(value, kind)
     return f"{place}: {name} = {shown(value)}: {message}{near}"
@@ -226,16 +224,3 @@ def _spelling(text: str, kind: str) -> str:
     if re.fullmatch(r"[-+]?[0-9][0-9_]{,30}", text):
         return f"; write {int(text.replace('_', ''))}"
     return ""
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """ "; did you mean …?" for a misspelt or misplaced name: by its last part first, then as a whole."""
-    leaf = name.rpartition(".")[2]
-    leaves = {c.rpartition(".")[2]: c for c in reversed(candidates)}
-    whole = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
-    by_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    if leaf in leaves:
-        return f"; did you mean {leaves[leaf]}?"
-    if whole:
-        return f"; did you mean {whole[0]}?"
-    return f"; did you mean {leaves[by_leaf[0]]}?" if by_leaf else ""

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from cvae.config.experiment import Experiment
-from cvae.config.yaml_model import nearest
-from cvae.errors import UserError
+from cvae.errors import UserError, did_you_mean
 
 WHAT_THEY_ARE = {
     "elbo": "−ELBO and its parts, text gain",
@@ -96,7 +95,7 @@ def fitting(
         return [name for name in WHAT_THEY_ARE if unfit.get(name) is None]
     for name in wanted:
         if name not in WHAT_THEY_ARE:
-            near = nearest(name, list(WHAT_THEY_ARE))
+            near = did_you_mean(name, WHAT_THEY_ARE)
             raise UserError(f"--metrics {name}: there is no such group{near}; {_all()}")
         if unfit.get(name) is not None:
             raise UserError(f"--metrics {name}: {unfit[name]} (model.condition = {condition!r})")

@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from cvae.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 _WITHOUT_LOCKS = (
@@ -42,16 +44,17 @@ _counter_lock = threading.Lock()
 _counter = 0
 
 
-class Locked(Exception):
+class Locked(UserError):
     """Another process holds the lock."""
 
 
 @contextmanager
-def file_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock on `path`, which is made if it is not there; a folder can be locked, too.
+def file_lock(path: Path, patience_s: float = 0.0, refusal: str = "") -> Iterator[None]:
+    """Holds the lock on a file, which is created if it does not exist, or on an existing folder.
 
-    Waits up to patience_s for another holder, for ever if it is math.inf, and then raises Locked. The lock
-    does not outlive its process. Raises OSError if the file cannot be opened for writing.
+    Waits up to `patience_s` (math.inf: for ever) for another holder, then raises Locked, a UserError,
+    with the message `refusal`. The lock ends with its process. Raises OSError if the file cannot be
+    opened for writing.
     """
     deadline = time.monotonic() + patience_s
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -62,7 +65,7 @@ def file_lock(path: Path, patience_s: float = 0.0) -> Iterator[None]:
         while not _acquire(file, path, held):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise Locked(str(path))
+                raise Locked(refusal or f"{path} is locked by another process")
             time.sleep(min(pause, remaining))
             pause = min(2 * pause, 0.5)
         yield

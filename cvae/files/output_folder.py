@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cvae.errors import UserError
 from cvae.files import paths
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 
 MARKER = ".made-by.json"
 _KINDS = {
@@ -101,24 +101,21 @@ def whole_folder(
     _restore(path, old, made_by, older)
     with suppress(FileExistsError):
         nascent.mkdir()
-    try:
-        with file_lock(nascent):
-            _clear(nascent, made_by, older)
-            try:
-                (nascent / MARKER).write_text(json.dumps({"made_by": made_by, "files": None}))
-                yield nascent
-                _mark(nascent, made_by)
-                for file in nascent.rglob("*"):
-                    paths.fsync(file)
-                check_folder(folder, made_by, older)
-                _put(nascent, path, old)
-                paths.fsync(path.parent)
-            finally:
-                for leftover in (nascent, old):
-                    if _is_own(leftover, made_by, older):
-                        shutil.rmtree(leftover, ignore_errors=True)
-    except Locked:
-        raise UserError(f"{folder} is being written by another process just now") from None
+    with file_lock(nascent, refusal=_in_use(folder)):
+        _clear(nascent, made_by, older)
+        try:
+            (nascent / MARKER).write_text(json.dumps({"made_by": made_by, "files": None}))
+            yield nascent
+            _mark(nascent, made_by)
+            for file in nascent.rglob("*"):
+                paths.fsync(file)
+            check_folder(folder, made_by, older)
+            _put(nascent, path, old)
+            paths.fsync(path.parent)
+        finally:
+            for leftover in (nascent, old):
+                if _is_own(leftover, made_by, older):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -132,16 +129,17 @@ def growing_folder(
     """
     path = check_folder(folder, made_by, older)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(path):
-            check_folder(folder, made_by, older)
+    with file_lock(path, refusal=_in_use(folder)):
+        check_folder(folder, made_by, older)
+        _mark(path, made_by)
+        try:
+            yield path
+        finally:
             _mark(path, made_by)
-            try:
-                yield path
-            finally:
-                _mark(path, made_by)
-    except Locked:
-        raise UserError(f"{folder} is being written by another process just now") from None
+
+
+def _in_use(folder: Path) -> str:
+    return f"{folder} is being written by another process just now"
 
 
 def _put(nascent: Path, path: Path, old: Path) -> None:

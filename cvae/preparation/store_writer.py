@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cvae.data.store import MANIFEST, FileEntry, Manifest, Store
 from cvae.errors import UserError
 from cvae.files.checksums import sha256_of_file
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 from cvae.files.paths import write_atomically
 from cvae.progress import progress_bar
 
@@ -86,11 +86,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(file_lock(lock))
-        except Locked:
-            raise UserError(f"{path} is being prepared by another process just now") from None
+    with file_lock(lock, refusal=f"{path} is being prepared by another process just now"):
         try:
             yield
         except OSError as error:

@@ -8,7 +8,6 @@ For example, with a run or with a folder that workflows/export.py wrote:
     images = model.draw(["a red bus on a street"], 8)  # uint8 (1, 8, C, H, W)
 """
 
-import difflib
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from cvae.data import draws
 from cvae.data.experiment_data import ExperimentData, open_data
 from cvae.data.store import Precision, TextEncoderEntry
 from cvae.data.text_encoder import TextEncoder, load_encoder
-from cvae.errors import UserError
+from cvae.errors import UserError, did_you_mean
 from cvae.models.backbone import ImageShape
 from cvae.models.cvae import Cvae, build_model
 from cvae.progress import progress_bar
@@ -206,13 +205,8 @@ class Trained:
             return names.index(wanted)
         if wanted.isdecimal() and int(wanted) < len(names):
             return int(wanted)
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = (
-            f"did you mean {self.classes[names.index(near[0])]!r}?"
-            if near
-            else f"its classes are {', '.join(self.classes)}"
-        )
-        raise UserError(f"{prompt!r} is no class of {self.experiment.data.name}; {hint}")
+        near = did_you_mean(wanted, self.classes) or f"; its classes are {', '.join(self.classes)}"
+        raise UserError(f"{prompt!r} is no class of {self.experiment.data.name}{near}")
 
     def noise(self, count: int) -> Vectors:
         """(count, *latent_shape) standard normal, the same at every call."""

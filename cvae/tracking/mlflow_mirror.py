@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 from cvae.redaction import guard_output, without_password, without_secrets
 from cvae.tracking.mlflow_state import behind
 
@@ -211,15 +211,10 @@ def told_end(timeout: float) -> bool:
     return bool(readable)
 
 
-@contextmanager
-def _alone(run_dir: Path, wait: bool) -> Iterator[None]:
+def _alone(run_dir: Path, wait: bool) -> AbstractContextManager[None]:
     """One process at a time pushes a run; a mirror outlives its killed trainer for some moments."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(file_lock(_log_file(run_dir), math.inf if wait else 0.0))
-        except Locked:
-            raise UserError(f"{run_dir.name}: its mirror is at work, nothing to sync") from None
-        yield
+    refusal = f"{run_dir.name}: its mirror is at work, nothing to sync"
+    return file_lock(_log_file(run_dir), math.inf if wait else 0.0, refusal)
 
 
 def newest_word(run_dir: Path) -> str:

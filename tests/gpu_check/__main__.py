@@ -4,7 +4,6 @@ Exit status: 0 everything passed, was measured or was skipped with its reason; 1
 """
 
 import argparse
-import difflib
 import json
 import math
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cvae.command_line import Parser, run
-from cvae.errors import UserError
+from cvae.errors import UserError, did_you_mean
 from tests.gpu_check import apart, facts, report
 from tests.gpu_check.checks import CHECKS, Check
 from tests.gpu_check.runner import Result, run_check
@@ -76,9 +75,8 @@ def _minutes(text: str) -> float:
 def _chosen(names: list[str]) -> list[Check]:
     for name in names:
         if name not in CHECKS:
-            near = difflib.get_close_matches(name, CHECKS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CHECKS)}"
-            raise UserError(f"--only {name}: no such check; {hint}")
+            near = did_you_mean(name, CHECKS) or f"; there are {', '.join(CHECKS)}"
+            raise UserError(f"--only {name}: no such check{near}")
     return [check for check in CHECKS.values() if not names or check.name in names]
 
 

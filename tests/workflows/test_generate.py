@@ -32,7 +32,7 @@ def test_a_mistake_is_one_line_and_status_2(tiny_store: Path) -> None:
     ("arguments", "message"),
     [
         ("nine", "nine: no such run .*; did you mean mine"),
-        ("mine lowe", "'lowe' is no class of tiny; did you mean 'low'"),
+        ("mine lowe", "'lowe' is no class of tiny; did you mean low"),
         ("mine -n 0", "0 is not a whole number above 0"),
         ("mine -n 101", "at most 100"),
         ("mine low --reconstruct", "take no captions"),

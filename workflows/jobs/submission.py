@@ -5,14 +5,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
 from cvae.files import paths
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 from cvae.run import code_snapshot, journal
 from cvae.run.code_snapshot import Snapshot
 from cvae.run.directory import RunDirectory
@@ -160,17 +160,10 @@ def _write(run: RunDirectory, entries: list[Submission]) -> None:
     paths.write_atomically(run.launch_file, text + "\n")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Raises UserError if another launch, resume or cancel of the run or sweep in this folder is at work."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(file_lock(folder / "launch.lock"))
-        except Locked:
-            raise UserError(
-                f"{folder.name} is being launched, resumed or cancelled by another process right now"
-            ) from None
-        yield
+    refusal = f"{folder.name} is being launched, resumed or cancelled by another process right now"
+    return file_lock(folder / "launch.lock", refusal=refusal)
 
 
 @contextmanager

@@ -12,8 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cvae.config.experiment import Experiment
-from cvae.errors import UserError
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 from cvae.files.paths import write_atomically
 from cvae.run import journal
 from slurm.ray_cluster import PROBLEM, connect
@@ -58,7 +55,8 @@ def main(folder: Path, slots: int, gpus_per_trial: float) -> int:
     logging.basicConfig(format="%(message)s")
     for name in (_log.name, "slurm"):
         logging.getLogger(name).setLevel(logging.INFO)
-    with _alone(sweep), connect() as there:
+    refusal = f"{sweep.name}: another driver is at work on it"
+    with file_lock(folder / "driver.lock", _LOCK_PATIENCE_S, refusal), connect() as there:
         threading.Thread(target=_watch_start, args=(sweep,), daemon=True).start()
         # Of a Ray that was there before, the smallest node says how many trials share one.
         slots = slots if there is None else max(1, int(there / gpus_per_trial))
@@ -106,17 +104,6 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _alone(sweep: SweepDirectory) -> Iterator[None]:
-    """Raises UserError where another driver, after a while still, is at work on this sweep."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(file_lock(sweep.path / "driver.lock", _LOCK_PATIENCE_S))
-        except Locked:
-            raise UserError(f"{sweep.name}: another driver is at work on it") from None
-        yield
 
 
 def tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
 from cvae.files import paths
-from cvae.files.file_lock import Locked, file_lock
+from cvae.files.file_lock import file_lock
 from cvae.redaction import guard_output
 from cvae.run.directory import RunDirectory
 from cvae.tracking import mlflow_mirror, mlflow_state
@@ -61,11 +61,9 @@ def behind(sweep: SweepDirectory) -> int:
 
 def sync(sweep: SweepDirectory) -> None:
     """Brings all of the sweep to MLflow: its parent and its trials' runs. Raises UserError if that fails."""
-    try:
-        with file_lock(sweep.path / _LOCK, _PATIENCE_AFTER_END_S):
-            pass
-    except Locked:
-        raise UserError(f"{sweep.name}: its mirror is at work, nothing to sync") from None
+    refusal = f"{sweep.name}: its mirror is at work, nothing to sync"
+    with file_lock(sweep.path / _LOCK, _PATIENCE_AFTER_END_S, refusal):
+        pass
     command = [sys.executable, "-m", "workflows.sweeps.mirror", str(sweep.path)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:

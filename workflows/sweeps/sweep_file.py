@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from cvae.config import yaml_model
 from cvae.config.experiment import Experiment, Name, Positive, load_experiment
 from cvae.config.yaml_model import FromList, Strict
-from cvae.errors import UserError, cut
+from cvae.errors import UserError, cut, did_you_mean
 
 Range = Annotated[tuple[int | float, int | float] | None, FromList]
 # Others would change the weights' shapes, or the batches, under a trial that is half trained.
@@ -211,7 +211,7 @@ def _check(file: Path, block: str, key: str, values: list[Any], experiment: Expe
     leaves = yaml_model.leaf_keys(Experiment)
     line = yaml_model.line_of(file, (block, key))
     if key not in leaves:
-        near = yaml_model.nearest(key, leaves)
+        near = did_you_mean(key, leaves)
         raise UserError(
             f"{file}:{line}: {block}.{cut(key, 100)}: the experiment has no such key{near}"
         )

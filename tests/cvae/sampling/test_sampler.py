@@ -67,7 +67,7 @@ def test_a_class_goes_by_name_or_number(labelled: sampler.Trained, prompt: str |
 
 
 def test_an_unknown_class_is_answered_with_the_nearest(labelled: sampler.Trained) -> None:
-    with pytest.raises(UserError, match="'midle' is no class of tiny; did you mean 'middle'"):
+    with pytest.raises(UserError, match="'midle' is no class of tiny; did you mean middle"):
         labelled.draw(["midle"], 1)
     with pytest.raises(UserError, match="its classes are low, middle, high"):
         labelled.draw(["3"], 1)
