@@ -15,7 +15,7 @@ from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.inference import reconstruct, sample, sample_rows
-from cvae.sampling.sampler import Trained, load_run
+from cvae.sampling.sampler import TrainedModel, load_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
     image: "Image.Image | Figure"
 
 
-def opened(runs: Sequence[RunDirectory]) -> tuple[list[Trained], dict[str, str]]:
+def opened(runs: Sequence[RunDirectory]) -> tuple[list[TrainedModel], dict[str, str]]:
     """The runs that can draw, and of the others why they cannot."""
     trained, refused = [], {}
     for run in runs:
@@ -43,12 +43,12 @@ def opened(runs: Sequence[RunDirectory]) -> tuple[list[Trained], dict[str, str]]
     return trained, refused
 
 
-def pictures(trained: Sequence[Trained], labels: Mapping[str, str]) -> Iterator[Picture]:
+def pictures(trained: Sequence[TrainedModel], labels: Mapping[str, str]) -> Iterator[Picture]:
     """Grids of samples and of reconstructions for each data set among the runs; latent maps of labelled ones.
 
     labels: what each run is called in a grid, by its name.
     """
-    by_data: dict[str, list[Trained]] = {}
+    by_data: dict[str, list[TrainedModel]] = {}
     for run in trained:
         by_data.setdefault(run.data.store.path.name, []).append(run)
     for data, runs in by_data.items():
@@ -64,7 +64,7 @@ def pictures(trained: Sequence[Trained], labels: Mapping[str, str]) -> Iterator[
         yield from _extremes(run)
 
 
-def samples(runs: Sequence[Trained], labels: Mapping[str, str], suffix: str) -> Picture:
+def samples(runs: Sequence[TrainedModel], labels: Mapping[str, str], suffix: str) -> Picture:
     """A row for each caption or class, the runs' samples beside one another; a column has one noise in all rows.
 
     Where latent shapes agree the runs have the same noise, else draws of the same seed.
@@ -92,7 +92,9 @@ def samples(runs: Sequence[Trained], labels: Mapping[str, str], suffix: str) -> 
     return Picture(f"samples{suffix}", "Samples side by side", text, grid)
 
 
-def reconstructions(runs: Sequence[Trained], labels: Mapping[str, str], suffix: str) -> Picture:
+def reconstructions(
+    runs: Sequence[TrainedModel], labels: Mapping[str, str], suffix: str
+) -> Picture:
     """The first images of val through each run and back, by way of the posterior's mean."""
     val = runs[0].data.val
     rows = np.arange(min(_IMAGES, len(val)))
@@ -108,7 +110,7 @@ def reconstructions(runs: Sequence[Trained], labels: Mapping[str, str], suffix: 
     return Picture(f"reconstructions{suffix}", "Reconstructions", text, grid)
 
 
-def _drawn(run: Trained, n_rows: int, each: int) -> NDArray[np.uint8]:
+def _drawn(run: TrainedModel, n_rows: int, each: int) -> NDArray[np.uint8]:
     """(n_rows, each, C, H, W)."""
     rows, data = np.arange(n_rows), run.data
     # The report's own noise: a run's own seed would give each run another.
@@ -125,13 +127,13 @@ def _drawn(run: Trained, n_rows: int, each: int) -> NDArray[np.uint8]:
     return sample_rows(run.model, condition, noise)
 
 
-def _one_per_condition(runs: Sequence[Trained]) -> list[Trained]:
+def _one_per_condition(runs: Sequence[TrainedModel]) -> list[TrainedModel]:
     """A map takes t-SNE's twenty seconds: one of the CVAEs, one of the plain VAEs, …"""
     kinds = {run.experiment.model.condition: run for run in reversed(runs)}
     return list(reversed(kinds.values()))[:_MAPS]
 
 
-def _extremes(run: Trained) -> Iterator[Picture]:
+def _extremes(run: TrainedModel) -> Iterator[Picture]:
     """The worst and best reconstructions, where the run was evaluated."""
     assert run.run is not None
     lines = [

@@ -24,7 +24,7 @@ from analysis.intervals import compare, importance
 from analysis.intervals import summary as mean_and_se
 from analysis.report_data import MEANING, METRIC, Material
 from analysis.report_images import Picture
-from cvae.evaluation.metric_groups import CONSTANTS, LOSS
+from cvae.evaluation.metric_groups import likelihood_note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,8 +143,7 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
 def _constants(material: Material) -> str:
     """What stands between a loss and a likelihood of the same images."""
     found = material.runs.get("model.likelihood", pd.Series(dtype=object)).dropna().unique()
-    used = [CONSTANTS[name] for name in found if name in CONSTANTS]
-    return " ".join([LOSS, *used]) if used else ""
+    return likelihood_note(found)
 
 
 def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:

@@ -15,13 +15,13 @@ import numpy as np
 
 from cvae.errors import UserError
 from cvae.sampling.inference import Images
-from cvae.sampling.sampler import Trained, load_export
+from cvae.sampling.sampler import TrainedModel, load_export
 
 
 class Drawing:
     """What MLflow wraps. `trained` is the model itself, for all that drawing is not."""
 
-    def __init__(self, trained: Trained) -> None:
+    def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Images:
@@ -29,7 +29,7 @@ class Drawing:
 
         model_input: captions, or classes by name or number, as a list, an array, a Series or a DataFrame of one
         column; anything empty, or None, for a model without condition. params: count (1), and seed (the run's) of
-        the noise. Raises UserError as Trained.draw, and for another parameter.
+        the noise. Raises UserError as TrainedModel.draw, and for another parameter.
         """
         defaults = {"count": 1, "seed": self.trained.seed}
         asked = {**defaults, **(params or {})}

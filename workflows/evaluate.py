@@ -20,13 +20,12 @@ from cvae.command_line import Parser, positive
 from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.evaluation.metric_groups import (
-    CONSTANTS,
-    LOSS,
+    METRIC_GROUPS,
     UNITS,
-    WHAT_THEY_ARE,
-    Request,
-    fitting,
-    prefix,
+    EvaluationRequest,
+    fitting_groups,
+    likelihood_note,
+    metric_prefix,
 )
 from cvae.files.checksums import sha256_of_file
 from cvae.progress import progress_bar
@@ -52,7 +51,7 @@ def parser() -> Parser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names, folders, or latest")
     parser.add_argument("--split", choices=["val", "train"], default="val")
-    groups = "; ".join(f"{name}: {what}" for name, what in WHAT_THEY_ARE.items())
+    groups = "; ".join(f"{name}: {what}" for name, what in METRIC_GROUPS.items())
     parser.add_argument(
         "--metrics", nargs="+", metavar="GROUP", help=f"default: all that fit a run. {groups}"
     )
@@ -88,11 +87,11 @@ def main(arguments: list[str]) -> int:
     print(_results(runs, requests))
     if any({"elbo", "iwae"} & set(asked.groups) for asked in requests):
         likelihoods = dict.fromkeys(run.experiment().model.likelihood for run in runs)
-        print("note: " + " ".join([LOSS, *(CONSTANTS[name] for name in likelihoods)]))
+        print(f"note: {likelihood_note(likelihoods)}")
     return 0
 
 
-def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
+def _requests(runs: list[RunDirectory], options: Any) -> list[EvaluationRequest]:
     inception = digest = None
     if options.inception is not None:
         inception, digest = str(options.inception.resolve()), sha256_of_file(options.inception)
@@ -101,16 +100,18 @@ def _requests(runs: list[RunDirectory], options: Any) -> list[Request]:
         experiment = run.experiment()
         data = experiment.data
         labelled = open_store(data.name, data.image_size).manifest.classes is not None
-        groups = fitting(experiment, labelled, options.metrics, inception, options.split)
+        groups = fitting_groups(experiment, labelled, options.metrics, inception, options.split)
         if not any(run.checkpoints.glob("step-*")):
             raise UserError(f"{run.name} has no checkpoint yet: there is nothing to evaluate")
         requests.append(
-            Request(str(run.path), options.split, groups, options.iwae_samples, inception, digest)
+            EvaluationRequest(
+                str(run.path), options.split, groups, options.iwae_samples, inception, digest
+            )
         )
     return requests
 
 
-def _run(requests: list[Request], place: Place, placement: Placement, gpus: int) -> int:
+def _run(requests: list[EvaluationRequest], place: Place, placement: Placement, gpus: int) -> int:
     """Evaluates all in one job; the status of it. Where it fails the finished groups are kept."""
     folder = RunDirectory(Path(requests[0].run)).logs / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def _run(requests: list[Request], place: Place, placement: Placement, gpus: int)
     return 1
 
 
-def _is_measured(request: Request) -> bool:
+def _is_measured(request: EvaluationRequest) -> bool:
     """Whether the run has all that was asked for, at one checkpoint."""
     found: dict[int, set[str]] = {}
     for line in journal.read(RunDirectory(Path(request.run)).journal_file)[0]:
@@ -169,9 +170,9 @@ def _tell_mlflow(run: RunDirectory) -> None:
         print(f"note: {error}; later: python workflows/runs.py sync {run.name}")
 
 
-def _results(runs: list[RunDirectory], requests: list[Request]) -> str:
+def _results(runs: list[RunDirectory], requests: list[EvaluationRequest]) -> str:
     """A line a metric, a column a run."""
-    start = f"{prefix(requests[0].split)}/"
+    start = f"{metric_prefix(requests[0].split)}/"
     found: list[dict[str, float]] = []
     for run, asked in zip(runs, requests, strict=True):
         lines = [x for x in journal.read(run.journal_file)[0] if x["kind"] == "evaluation"]

@@ -19,7 +19,7 @@ from cvae.sampling.grids import labelled_grid, shrink, widest
 from cvae.sampling.inference import sample
 from cvae.sampling.lettering import without_font
 from cvae.sampling.pictures import reconstruction_grid, write_png
-from cvae.sampling.sampler import Trained
+from cvae.sampling.sampler import TrainedModel
 from workflows.terminal.formatting import aligned
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Shown(NamedTuple):
     """The same for machines; empty where the picture speaks for itself."""
 
 
-def drawings(trained: Trained, captions: list[str], count: int) -> Shown:
+def drawings(trained: TrainedModel, captions: list[str], count: int) -> Shown:
     """`count` drawings of every caption, or of every class named. Raises UserError."""
     labels = trained.labels(captions)
     # As small as they are shown: a hundred rows of large images would fill the memory.
@@ -52,7 +52,7 @@ def drawings(trained: Trained, captions: list[str], count: int) -> Shown:
     return Shown(name, labelled_grid(np.concatenate(rows), labels), note, {})
 
 
-def _sheet_name(trained: Trained, labels: list[str], count: int) -> str:
+def _sheet_name(trained: TrainedModel, labels: list[str], count: int) -> str:
     """As "captions-a_red_bus-3f2a91c0": the same for the same drawings, another for others."""
     drawn = json.dumps([trained.name, trained.step, trained.seed, count, labels])
     words = re.sub(r"\W+", "_", labels[0])[:_LONGEST_WORDS].strip("_")
@@ -60,12 +60,12 @@ def _sheet_name(trained: Trained, labels: list[str], count: int) -> str:
     return "-".join(filter(None, ["captions", words, digest]))
 
 
-def reconstructions(trained: Trained, count: int) -> Shown:
+def reconstructions(trained: TrainedModel, count: int) -> Shown:
     grid = reconstruction_grid(trained.model, trained.data, count)
     return Shown("reconstructions", grid, [], {})
 
 
-def abilities(trained: Trained, count: int) -> Shown:
+def abilities(trained: TrainedModel, count: int) -> Shown:
     """What a run's condition lets it show without being asked for anything in particular."""
     condition = trained.experiment.model.condition
     if condition == "text":
@@ -81,7 +81,7 @@ def abilities(trained: Trained, count: int) -> Shown:
     return Shown("samples", labelled_grid(np.stack(rows)), [], {})
 
 
-def latent_maps(trained: list[Trained]) -> Shown:
+def latent_maps(trained: list[TrainedModel]) -> Shown:
     """The paper's Figure 3. Raises UserError for runs that are not on one labelled data set."""
     stores = {run.data.store.path.name for run in trained}
     if len(stores) > 1:
@@ -98,7 +98,7 @@ def latent_maps(trained: list[Trained]) -> Shown:
     )
 
 
-def save(shown: Shown, trained: Trained, out: Path | None) -> list[Path]:
+def save(shown: Shown, trained: TrainedModel, out: Path | None) -> list[Path]:
     """Writes the picture, and its facts beside it as JSON; returns what was written. Raises OSError."""
     if out is None and trained.run is not None:
         trained.run.pictures.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def save(shown: Shown, trained: Trained, out: Path | None) -> list[Path]:
     return [path, beside]
 
 
-def _classes(trained: Trained, count: int) -> Shown:
+def _classes(trained: TrainedModel, count: int) -> Shown:
     """The paper's Figures 4 and 5, and a classifier's verdict on many more samples."""
     classes = trained.classes
     classifier = reference_classifier(trained.data, trained.device)
@@ -138,7 +138,7 @@ def _classes(trained: Trained, count: int) -> Shown:
     return Shown("classes", grid, [f"{verdict}:", aligned(shares.items())], facts)
 
 
-def _caption_match(trained: Trained) -> Shown:
+def _caption_match(trained: TrainedModel) -> Shown:
     match = caption_match(trained)
     facts = {
         "caption_match": match.share,

@@ -11,7 +11,7 @@ from cvae.errors import UserError
 from cvae.sampling.grids import MARGIN, PAPER, enlarge
 from cvae.sampling.inference import sample
 from cvae.sampling.lettering import FONT_SIZE, TEXT, font, wrap, write_lines
-from cvae.sampling.sampler import Trained
+from cvae.sampling.sampler import TrainedModel
 
 N_SCENES = 32
 _COLUMNS = 4
@@ -46,7 +46,7 @@ class CaptionMatch(NamedTuple):
         )
 
 
-def caption_match(trained: Trained, split: Split | None = None) -> CaptionMatch:
+def caption_match(trained: TrainedModel, split: Split | None = None) -> CaptionMatch:
     """Draws one image for each caption of up to N_SCENES scenes of a split, from fixed noise, and matches them.
 
     split: that of val by default. Raises UserError for a run that is not conditioned on text.

@@ -13,7 +13,7 @@ from cvae.data.store import Split
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
-from cvae.sampling.inference import Parts
+from cvae.sampling.inference import AdaptiveBatches
 
 
 def evaluate_elbo(
@@ -32,7 +32,7 @@ def evaluate_elbo(
     at_once = experiment.training.micro_batch_size or size.stop - size.start
     by_text = experiment.model.condition == "text" and len(split) > 1
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    parts = Parts(at_once)
+    parts = AdaptiveBatches(at_once)
     with torch.inference_mode(), precision.autocast(dtype, ranks.device):
         for block in eval_blocks(experiment.seed, len(split), model.latent_shape):
             share = ranks.share(len(block.indices))

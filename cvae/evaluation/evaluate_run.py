@@ -16,11 +16,11 @@ from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match
 from cvae.evaluation.classifier import reference_classifier
 from cvae.evaluation.elbo import evaluate_elbo
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.frechet import Inception, RandomFeatures, evaluate_frechet
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.evaluation.latents import active_units, probe
-from cvae.evaluation.metric_groups import Request, prefix
+from cvae.evaluation.metric_groups import EvaluationRequest, metric_prefix
 from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.files.paths import write_atomically
 from cvae.preflight.inspection import everywhere
@@ -30,19 +30,19 @@ from cvae.run.journal import Journal
 from cvae.run.training_lock import exclusively
 from cvae.sampling import pictures
 from cvae.sampling.inference import is_finite, sample
-from cvae.sampling.sampler import Trained, load_run
+from cvae.sampling.sampler import TrainedModel, load_run
 
 _SAMPLES_PER_CLASS = 200
 _TOLD_EVERY_S = 1.0
 
 
 def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) -> None:
-    """Measures what each Request asks for and writes it to the run's journal, once for a checkpoint.
+    """Measures what each EvaluationRequest asks for and writes it to the run's journal, once for a checkpoint.
 
     The ranks find each other by torch's environment variables. progress_file: where rank 0 tells how far it is.
     Raises UserError where a run has no checkpoint, is being trained, or was trained on other data.
     """
-    parsed = [Request(**request) for request in requests]
+    parsed = [EvaluationRequest(**request) for request in requests]
     for asked in parsed:
         with suppress(UserError):  # of an unreadable experiment.yaml, which is reported below
             precision.before_cuda(RunDirectory(Path(asked.run)).experiment().training)
@@ -53,8 +53,10 @@ def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) ->
                 _evaluate(run, asked, ranks, progress_file)
 
 
-def _evaluate(run: RunDirectory, asked: Request, ranks: Ranks, progress_file: Path) -> None:
-    trained: Trained = everywhere(ranks, lambda: load_run(run, ranks.device))
+def _evaluate(
+    run: RunDirectory, asked: EvaluationRequest, ranks: Ranks, progress_file: Path
+) -> None:
+    trained: TrainedModel = everywhere(ranks, lambda: load_run(run, ranks.device))
     precision.establish(trained.experiment.training, ranks.device, measures=True)
     lines = journal.read(run.journal_file)[0]
     _check_data(trained, lines)
@@ -67,10 +69,10 @@ def _evaluate(run: RunDirectory, asked: Request, ranks: Ranks, progress_file: Pa
             if key in known:
                 continue
             tell = _Told(progress_file, f"{run.name}: {group}", -(-len(split) // ranks.world_size))
-            subject = Subject(trained, split, ranks, tell if ranks.is_first else _silent)
+            subject = EvaluationInput(trained, split, ranks, tell if ranks.is_first else _silent)
             began = time.monotonic()
             found = _GROUPS[group](subject, asked, writer)
-            told = {f"{prefix(asked.split)}/{name}": value for name, value in found.items()}
+            told = {f"{metric_prefix(asked.split)}/{name}": value for name, value in found.items()}
             if writer is not None:
                 writer.append(
                     "evaluation",
@@ -90,7 +92,7 @@ def _is_of(line: dict[str, Any], step: int) -> bool:
     return bool(line["kind"] == "evaluation" and line["step"] == step)
 
 
-def _check_data(trained: Trained, lines: list[dict[str, Any]]) -> None:
+def _check_data(trained: TrainedModel, lines: list[dict[str, Any]]) -> None:
     starts = [line for line in lines if line["kind"] == "start"]
     before = starts[-1].get("data_digest") if starts else None
     if before not in (None, trained.data_digest):
@@ -100,7 +102,9 @@ def _check_data(trained: Trained, lines: list[dict[str, Any]]) -> None:
         )
 
 
-def _elbo(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+def _elbo(
+    subject: EvaluationInput, asked: EvaluationRequest, writer: Journal | None
+) -> dict[str, float]:
     trained = subject.trained
     found = evaluate_elbo(
         subject.model, trained.data, subject.split, trained.experiment, subject.ranks
@@ -109,7 +113,9 @@ def _elbo(subject: Subject, asked: Request, writer: Journal | None) -> dict[str,
     return {**found, "neg_elbo": found["recon_loss"] + found["kl"]}
 
 
-def _reconstruction(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+def _reconstruction(
+    subject: EvaluationInput, asked: EvaluationRequest, writer: Journal | None
+) -> dict[str, float]:
     found = evaluate_reconstruction(subject)
     if writer is not None and found.extremes is not None and asked.split == "val":
         run, step = subject.trained.run, subject.trained.step
@@ -121,13 +127,17 @@ def _reconstruction(subject: Subject, asked: Request, writer: Journal | None) ->
     return found.metrics
 
 
-def _fid(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+def _fid(
+    subject: EvaluationInput, asked: EvaluationRequest, writer: Journal | None
+) -> dict[str, float]:
     assert asked.inception is not None
     network = Inception(Path(asked.inception), subject.ranks.device, asked.inception_sha256)
     return evaluate_frechet(subject, network, "fid")
 
 
-def _classifier(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+def _classifier(
+    subject: EvaluationInput, asked: EvaluationRequest, writer: Journal | None
+) -> dict[str, float]:
     """On rank 0 alone: two thousand samples."""
     found = {"sample_accuracy": math.nan, "classifier_real_accuracy": math.nan}
     if subject.ranks.is_first and is_finite(subject.model):
@@ -143,7 +153,9 @@ def _classifier(subject: Subject, asked: Request, writer: Journal | None) -> dic
     return subject.ranks.tell(found)
 
 
-def _captions(subject: Subject, asked: Request, writer: Journal | None) -> dict[str, float]:
+def _captions(
+    subject: EvaluationInput, asked: EvaluationRequest, writer: Journal | None
+) -> dict[str, float]:
     """On rank 0 alone: some dozens of drawings."""
     found = {"caption_match": math.nan, "caption_match_chance": math.nan}
     if subject.ranks.is_first and is_finite(subject.model):
@@ -152,7 +164,9 @@ def _captions(subject: Subject, asked: Request, writer: Journal | None) -> dict[
     return subject.ranks.tell(found)
 
 
-_GROUPS: dict[str, Callable[[Subject, Request, Journal | None], dict[str, float]]] = {
+_GROUPS: dict[
+    str, Callable[[EvaluationInput, EvaluationRequest, Journal | None], dict[str, float]]
+] = {
     "elbo": _elbo,
     "iwae": lambda subject, asked, _: evaluate_iwae(subject, asked.iwae_samples),
     "active_units": lambda subject, asked, _: active_units(subject),

@@ -14,14 +14,14 @@ from cvae.data.feed import MicroBatch, micro_batches
 from cvae.data.store import Split
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
-from cvae.sampling.inference import Parts, images_at_once
-from cvae.sampling.sampler import Trained
+from cvae.sampling.inference import AdaptiveBatches, images_at_once
+from cvae.sampling.sampler import TrainedModel
 
 Advance = Callable[[float], object]
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
+class EvaluationBatch(NamedTuple):
     """Some images of this rank's share, as the model takes them."""
 
     block: int
@@ -33,8 +33,8 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
-    trained: Trained
+class EvaluationInput:
+    trained: TrainedModel
     split: Split
     ranks: Ranks
     advance: Advance
@@ -49,23 +49,23 @@ class Subject:
         return self.trained.experiment.seed
 
     def each(
-        self, function: Callable[[Part], T], advances: bool = True
-    ) -> Iterator[tuple[Part, T]]:
+        self, function: Callable[[EvaluationBatch], T], advances: bool = True
+    ) -> Iterator[tuple[EvaluationBatch, T]]:
         """Yields this rank's images in order, and the function of them. All ranks together have each image once.
 
         The function must change nothing: it is called again with fewer images if the device runs out of memory.
         advances: whether a part is done when the next is asked for; otherwise the function reports it.
         """
         data, model = self.trained.data, self.model
-        parts = Parts(images_at_once(model))
+        parts = AdaptiveBatches(images_at_once(model))
         for number, block in enumerate(eval_blocks(self.seed, len(self.split), model.latent_shape)):
             share = self.ranks.share(len(block.indices))
 
             def computed(
                 places: slice, number: int = number, block: Batch = block
-            ) -> tuple[Part, T]:
+            ) -> tuple[EvaluationBatch, T]:
                 (batch,) = micro_batches(data, self.split, block, places, None, self.ranks.device)
-                part = Part(number, places, block.indices[places], batch)
+                part = EvaluationBatch(number, places, block.indices[places], batch)
                 return part, function(part)
 
             for part, found in parts.each(range(share.start, share.stop), computed):

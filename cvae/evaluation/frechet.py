@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cvae.errors import UserError
-from cvae.evaluation.evaluation_input import Part, Subject
+from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
 from cvae.models.cvae import to_unit
 from cvae.sampling.inference import to_bytes
 
@@ -82,7 +82,7 @@ class Inception(nn.Module):
         return features
 
 
-def evaluate_frechet(subject: Subject, features: nn.Module, name: str) -> dict[str, float]:
+def evaluate_frechet(subject: EvaluationInput, features: nn.Module, name: str) -> dict[str, float]:
     """name_reconstructions, name_samples: distance of the split's images (Heusel et al. 2017, eq. 6) from their
     mean reconstructions, and from one sample of the prior p(z|c) for each image's condition.
 
@@ -97,7 +97,7 @@ def evaluate_frechet(subject: Subject, features: nn.Module, name: str) -> dict[s
     ready.num_features = features.num_features
     measures = [FrechetInceptionDistance(ready, sync_on_compute=False).to(device) for _ in range(2)]
 
-    def featured(part: Part) -> list[Tensor]:
+    def featured(part: EvaluationBatch) -> list[Tensor]:
         """The features of the images, of their reconstructions and of samples."""
         images, condition, noise = part.batch
         mean = subject.model.encode(to_unit(images), condition).mean

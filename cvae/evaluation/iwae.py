@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from cvae.data.draws import binarised, iwae_noise
-from cvae.evaluation.evaluation_input import Part, Subject
-from cvae.sampling.inference import Parts, memory_for_images, memory_of_an_image
+from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
+from cvae.sampling.inference import AdaptiveBatches, memory_for_images, memory_of_an_image
 
 _IMAGES_AT_ONCE = 2_048  # decoded: of all draws of some images
 _PIXELS_AT_ONCE = 2**23
 
 
-def evaluate_iwae(subject: Subject, n_draws: int) -> dict[str, float]:
+def evaluate_iwae(subject: EvaluationInput, n_draws: int) -> dict[str, float]:
     """iwae_K: −log (1/K) Σ p(x,z_k|c) / q(z_k|y,c), mean over the split (Burda et al. 2016, eq. 8).
 
     In nats per image, and in bits per dimension. It bounds −log P(x|c), a probability of pixels, from above. Under
@@ -30,7 +30,7 @@ def evaluate_iwae(subject: Subject, n_draws: int) -> dict[str, float]:
     return {f"iwae_{n_draws}": nats, f"iwae_{n_draws}_bits_per_dim": bits}
 
 
-def _bound(subject: Subject, part: Part, n_draws: int) -> Tensor:
+def _bound(subject: EvaluationInput, part: EvaluationBatch, n_draws: int) -> Tensor:
     """−log of the mean weight of each image, (b,) fp64."""
     model, (images, condition, _) = subject.model, part.batch
     observed = images
@@ -59,7 +59,7 @@ def _bound(subject: Subject, part: Part, n_draws: int) -> Tensor:
 
     try:
         # Memory may be too small for one draw of all these images: then there are fewer images.
-        for logs in Parts(max(1, room // len(images))).each(range(n_draws), weighed):
+        for logs in AdaptiveBatches(max(1, room // len(images))).each(range(n_draws), weighed):
             total = torch.logaddexp(total, logs)
     except torch.OutOfMemoryError:
         subject.advance(-done)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cvae.errors import UserError
 from cvae.progress import progress_bar
 from cvae.sampling.inference import encode
-from cvae.sampling.sampler import Trained
+from cvae.sampling.sampler import TrainedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ class LatentMap(NamedTuple):
     probe: Probe
 
 
-def latent_map(trained: Trained) -> LatentMap:
+def latent_map(trained: TrainedModel) -> LatentMap:
     """Map and probe of a run on its evaluated split; deterministic, about 20 s on two cores.
 
     Raises UserError for data without labels, and for a model whose μ is not finite.

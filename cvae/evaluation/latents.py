@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from cvae.evaluation.evaluation_input import Part, Subject
+from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
 from cvae.evaluation.latent_map import linear_probe
 from cvae.models.cvae import to_unit
 
@@ -13,7 +13,7 @@ _ACTIVE = 0.01
 _PROBED = 10_000
 
 
-def active_units(subject: Subject) -> dict[str, float]:
+def active_units(subject: EvaluationInput) -> dict[str, float]:
     """Number of latent dimensions whose posterior's mean varies over the images (Burda et al. 2016, section 5.2).
 
     Varies: by a variance above 0.01. Under a learned prior p(z|c) the mean is taken from its mean: a dimension
@@ -22,7 +22,7 @@ def active_units(subject: Subject) -> dict[str, float]:
     size = int(np.prod(subject.model.latent_shape))
     sums = torch.zeros(2, size, dtype=torch.float64, device=subject.ranks.device)
 
-    def moments(part: Part) -> torch.Tensor:
+    def moments(part: EvaluationBatch) -> torch.Tensor:
         images, condition, noise = part.batch
         mean = subject.model.encode(to_unit(images), condition).mean
         mean = mean - subject.model.draw_latent(torch.zeros_like(noise), condition)
@@ -39,11 +39,11 @@ def active_units(subject: Subject) -> dict[str, float]:
     return {"active_units": active}
 
 
-def probe(subject: Subject) -> dict[str, float]:
+def probe(subject: EvaluationInput) -> dict[str, float]:
     """How well a linear classifier reads the class from μ (see latent_map.linear_probe); labelled splits."""
     assert subject.split.labels is not None
 
-    def mean(part: Part) -> torch.Tensor:
+    def mean(part: EvaluationBatch) -> torch.Tensor:
         return subject.model.encode(to_unit(part.batch.images), part.batch.condition).mean
 
     with torch.inference_mode():

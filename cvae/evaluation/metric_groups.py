@@ -1,11 +1,12 @@
 """The groups of metrics that a run can be evaluated by, and which of them fit it. Imports no torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError, did_you_mean
 
-WHAT_THEY_ARE = {
+METRIC_GROUPS = {
     "elbo": "−ELBO and its parts, text gain",
     "iwae": "the importance-weighted bound on −log p(x|c)",
     "active_units": "latent dimensions in use",
@@ -26,24 +27,30 @@ UNITS = {
     "psnr": "dB",
 }
 
-LOSS = (
-    "loss = recon_loss + beta·kl and neg_elbo = recon_loss + kl leave constants of the likelihood out; iwae and"
-    " bits_per_dim hold them."
+_LOSS_NOTE = (
+    "loss = recon_loss + beta·kl and neg_elbo = recon_loss + kl leave constants of the likelihood out;"
+    " iwae and bits_per_dim include them."
 )
-_OF_A_GAUSSIAN = (
-    "A Gaussian's constant is ½ log π + log 255 = 6.11 nats a dimension, which makes iwae so much larger than"
-    " loss: compare them in bits per dimension"
+_GAUSSIAN_NOTE = (
+    "A Gaussian's constant is ½ log π + log 255 = 6.11 nats a dimension, which makes iwae so much larger"
+    " than loss: compare them in bits per dimension"
 )
-CONSTANTS = {
-    "gaussian": _OF_A_GAUSSIAN + " (σ² = ½).",
-    "optimal_gaussian": _OF_A_GAUSSIAN + ".",
-    "bernoulli": "Bernoulli's loss is of grey pixels, iwae of pixels drawn as 0 or 1, without a constant.",
+_LIKELIHOOD_NOTES = {
+    "gaussian": _GAUSSIAN_NOTE + " (σ² = ½).",
+    "optimal_gaussian": _GAUSSIAN_NOTE + ".",
+    "bernoulli": "Bernoulli's loss is that of grey pixels, iwae that of pixels drawn as 0 or 1, without a"
+    " constant.",
 }
-"""What recon_loss leaves out under each likelihood."""
+
+
+def likelihood_note(likelihoods: Iterable[str]) -> str:
+    """Returns which constants the losses under these likelihoods leave out; "" if none of them is known."""
+    notes = [_LIKELIHOOD_NOTES[name] for name in likelihoods if name in _LIKELIHOOD_NOTES]
+    return " ".join([_LOSS_NOTE, *notes]) if notes else ""
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What evaluate_runs is asked to find out about a run, as plain data."""
 
     run: str
@@ -65,12 +72,12 @@ class Request:
         return "-".join([f"{self.split}/{group}", *filter(None, [settings.get(group)])])
 
 
-def prefix(split: str) -> str:
+def metric_prefix(split: str) -> str:
     """Before the metrics' names."""
     return "eval" if split == "val" else f"eval_{split}"
 
 
-def fitting(
+def fitting_groups(
     experiment: Experiment,
     labelled: bool,
     wanted: list[str] | None,
@@ -92,15 +99,15 @@ def fitting(
         # Its samples are of no split, and it is itself trained on the training images.
         unfit["classifier"] = unfit["classifier"] or f"judges samples, which no --split {split} has"
     if wanted is None:
-        return [name for name in WHAT_THEY_ARE if unfit.get(name) is None]
+        return [name for name in METRIC_GROUPS if unfit.get(name) is None]
     for name in wanted:
-        if name not in WHAT_THEY_ARE:
-            near = did_you_mean(name, WHAT_THEY_ARE)
+        if name not in METRIC_GROUPS:
+            near = did_you_mean(name, METRIC_GROUPS)
             raise UserError(f"--metrics {name}: there is no such group{near}; {_all()}")
         if unfit.get(name) is not None:
             raise UserError(f"--metrics {name}: {unfit[name]} (model.condition = {condition!r})")
-    return [name for name in WHAT_THEY_ARE if name in wanted]
+    return [name for name in METRIC_GROUPS if name in wanted]
 
 
 def _all() -> str:
-    return f"they are {', '.join(WHAT_THEY_ARE)}"
+    return f"they are {', '.join(METRIC_GROUPS)}"

@@ -11,7 +11,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from cvae.evaluation.evaluation_input import Part, Subject
+from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
 from cvae.models.cvae import to_unit
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.inference import reconstruct
@@ -25,10 +25,10 @@ class Reconstruction(NamedTuple):
     """The worst and the best reconstructions; on rank 0."""
 
 
-def evaluate_reconstruction(subject: Subject) -> Reconstruction:
+def evaluate_reconstruction(subject: EvaluationInput) -> Reconstruction:
     """psnr in dB and ssim (Wang et al. 2004) of the mean reconstruction in [0, 1]; means over the images."""
 
-    def scored(part: Part) -> torch.Tensor:
+    def scored(part: EvaluationBatch) -> torch.Tensor:
         """(b, 2): PSNR and SSIM."""
         images, condition, _ = part.batch
         target = to_unit(images)
@@ -50,7 +50,7 @@ def evaluate_reconstruction(subject: Subject) -> Reconstruction:
     return Reconstruction({"psnr": psnr, "ssim": ssim}, picture)
 
 
-def _extremes(subject: Subject, psnr: NDArray[np.float32]) -> Image.Image:
+def _extremes(subject: EvaluationInput, psnr: NDArray[np.float32]) -> Image.Image:
     """Two pairs of rows: the worst images above their reconstructions, then the best."""
     order = np.argsort(psnr, kind="stable")
     n = min(_SHOWN, len(order) // 2) or len(order)

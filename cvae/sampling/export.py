@@ -33,8 +33,8 @@ from cvae.sampling.export_format import (
     TEXT_ENCODER,
     WEIGHTS,
     DataFacts,
-    Exported,
     ExportedEncoder,
+    ExportedModel,
     Provenance,
     SplitFacts,
     check_target,
@@ -43,13 +43,13 @@ from cvae.sampling.export_format import (
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.model_card import model_card
 from cvae.sampling.pictures import write_png
-from cvae.sampling.sampler import Trained, load_run
+from cvae.sampling.sampler import TrainedModel, load_run
 
 # Samples for the card: of a large model fewer, which on a CPU take minutes.
 _SAMPLES, _FEW, _LARGE = 8, 4, 50_000_000
 
 
-def export_run(run: RunDirectory, folder: Path) -> Exported:
+def export_run(run: RunDirectory, folder: Path) -> ExportedModel:
     """Writes the run's best model to `folder`, which appears whole or not at all.
 
     Raises UserError where the folder is not empty or cannot be written (disk full, no permission), where
@@ -85,13 +85,13 @@ def write_model(run: RunDirectory, folder: Path) -> None:
         _seal(_facts(run, trained), nascent)
 
 
-def _write_weights(run: RunDirectory, trained: Trained, folder: Path) -> None:
+def _write_weights(run: RunDirectory, trained: TrainedModel, folder: Path) -> None:
     shutil.copy(run.experiment_file, folder / EXPERIMENT)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
     write_weights(weights, folder / WEIGHTS, from_pytorch=True)
 
 
-def _seal(exported: Exported, folder: Path) -> None:
+def _seal(exported: ExportedModel, folder: Path) -> None:
     """Writes config.json, with the checksums of the files that are there."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     total = sum(file.stat().st_size for file in files)
@@ -135,7 +135,7 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _prompts(trained: Trained, count: int) -> list[str]:
+def _prompts(trained: TrainedModel, count: int) -> list[str]:
     """Every class, or `count` captions of val; none without condition."""
     if trained.experiment.model.condition != "text":
         return trained.classes if trained.experiment.model.condition == "label" else []
@@ -144,7 +144,7 @@ def _prompts(trained: Trained, count: int) -> list[str]:
     return list(dict.fromkeys(captions))[:count]
 
 
-def _sample_grid(trained: Trained, prompts: list[str], count: int) -> Image:
+def _sample_grid(trained: TrainedModel, prompts: list[str], count: int) -> Image:
     """Samples alone: a real image beside them would need its owner's licence."""
     if prompts:
         return labelled_grid(trained.draw(prompts, count), trained.labels(prompts))
@@ -152,7 +152,7 @@ def _sample_grid(trained: Trained, prompts: list[str], count: int) -> Image:
     return labelled_grid(drawn.reshape(count, count, *trained.image_shape))
 
 
-def _facts(run: RunDirectory, trained: Trained) -> Exported:
+def _facts(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
     lines = journal.read(run.journal_file)[0]
     data, experiment = trained.data, trained.experiment
     starts = [line for line in lines if line["kind"] == "start"]
@@ -169,7 +169,7 @@ def _facts(run: RunDirectory, trained: Trained) -> Exported:
             name=experiment.data.text_encoder, entry=trained.encoder_entry.model_copy()
         )
     splits = data.store.manifest.splits
-    return Exported(
+    return ExportedModel(
         name=plain_name(run.name),
         step=trained.step,
         image_shape=data.image_shape,

@@ -83,7 +83,7 @@ class Provenance(_Block):
 _Size = Annotated[int, Field(ge=1, le=4096)]
 
 
-class Exported(_Block):
+class ExportedModel(_Block):
     format: Literal["cvae-workflow"] = "cvae-workflow"
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=f"^{_NAME}$")]
@@ -134,7 +134,7 @@ def plain_name(name: str) -> str:
     return name if re.fullmatch(_NAME, name) else re.sub(r"[^A-Za-z0-9_]", "_", name)[:200] or "_"
 
 
-def read(folder: Path) -> Exported:
+def read(folder: Path) -> ExportedModel:
     """Returns what a folder says it is, once every file that is read proved to be what was exported.
 
     Raises UserError if something is missing, was changed, or is no exported model.
@@ -156,7 +156,7 @@ def read(folder: Path) -> Exported:
     if not whole:
         raise UserError(f"{folder / CONFIG} is damaged (its sha256 is another); {again}")
     try:
-        exported = Exported.model_validate(tree)
+        exported = ExportedModel.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{folder / CONFIG} is damaged ({first_fault(error)}); {again}") from None
     _check_files(folder, digests, again)

@@ -127,7 +127,7 @@ def memory_of_an_image(model: Cvae) -> int:
     return _memory[model]
 
 
-class Parts:
+class AdaptiveBatches:
     """Cuts items into parts that fit into the memory of the device."""
 
     def __init__(self, size: int):
@@ -187,7 +187,7 @@ def _in_parts(
 
     blocks = []
     with progress_bar(len(inputs), "image", "images", disable=advance is not None, delay=2) as bar:
-        for block in Parts(images_at_once(model)).each(range(len(inputs)), computed):
+        for block in AdaptiveBatches(images_at_once(model)).each(range(len(inputs)), computed):
             blocks.append(block)
             (advance or bar.update)(len(block))
     return np.concatenate(blocks)

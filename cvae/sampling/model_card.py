@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cvae.config.experiment import Experiment
 from cvae.models.cvae import Cvae
-from cvae.sampling.export_format import SAMPLES, DataFacts, Exported, SplitFacts
+from cvae.sampling.export_format import SAMPLES, DataFacts, ExportedModel, SplitFacts
 
 _SOURCES = {
     "coco": "Photographs and captions of [MS COCO 2017](https://cocodataset.org) (Lin et al. 2014). The"
@@ -39,7 +39,7 @@ _LIKELIHOODS = {
 
 
 def model_card(
-    exported: Exported, experiment: Experiment, model: Cvae, prompts: Sequence[str]
+    exported: ExportedModel, experiment: Experiment, model: Cvae, prompts: Sequence[str]
 ) -> str:
     """Markdown behind the hub's YAML front matter. prompts: examples of what the model draws."""
     sections = [
@@ -64,7 +64,7 @@ def model_card(
     return f"---\n{_front_matter(exported, experiment)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(exported: Exported, experiment: Experiment) -> str:
+def _front_matter(exported: ExportedModel, experiment: Experiment) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     is_captioned = experiment.model.condition == "text"
@@ -96,7 +96,7 @@ def _front_matter(exported: Exported, experiment: Experiment) -> str:
     return f"{card.to_yaml()}\n"
 
 
-def _summary(exported: Exported, experiment: Experiment) -> str:
+def _summary(exported: ExportedModel, experiment: Experiment) -> str:
     drawn_from = {
         "text": "It draws images from English captions.",
         "label": f"It draws images of {len(exported.classes)} classes: {', '.join(exported.classes)}.",
@@ -113,7 +113,7 @@ def _summary(exported: Exported, experiment: Experiment) -> str:
     )
 
 
-def _use(exported: Exported, experiment: Experiment, prompts: Sequence[str]) -> str:
+def _use(exported: ExportedModel, experiment: Experiment, prompts: Sequence[str]) -> str:
     asked = json.dumps(list(prompts[:1]), ensure_ascii=False) if prompts else "None"
     quoted = "".join(f" {shlex.quote(prompt)}" for prompt in prompts)
     needs = ["torch", "numpy", "safetensors", "pydantic", "pyyaml", "pillow", "matplotlib", "tqdm"]
@@ -140,11 +140,11 @@ def _use(exported: Exported, experiment: Experiment, prompts: Sequence[str]) -> 
     )
 
 
-def _shape(exported: Exported) -> str:
+def _shape(exported: ExportedModel) -> str:
     return f"(1, 8, {', '.join(map(str, exported.image_shape))})"
 
 
-def _architecture(exported: Exported, experiment: Experiment, model: Cvae) -> str:
+def _architecture(exported: ExportedModel, experiment: Experiment, model: Cvae) -> str:
     settings, encoder = experiment.model, exported.text_encoder
     latent = " × ".join(map(str, model.latent_shape))
     spatial = f" ({math.prod(model.latent_shape):,} numbers)" if len(model.latent_shape) > 1 else ""
@@ -197,7 +197,7 @@ def _data(data: DataFacts, experiment: Experiment) -> str:
     )
 
 
-def _metrics(exported: Exported) -> str:
+def _metrics(exported: ExportedModel) -> str:
     if not exported.metrics:
         return f"None were measured at step {exported.step:,}, from which the weights are."
     errors = {key: value for key, value in exported.metrics.items() if key.endswith("_se")}
@@ -231,7 +231,7 @@ def _training(experiment: Experiment) -> str:
     )
 
 
-def _limits(exported: Exported, experiment: Experiment) -> str:
+def _limits(exported: ExportedModel, experiment: Experiment) -> str:
     _, height, width = exported.image_shape
     limits = [
         f"Samples are blurry: the model averages over what it is unsure of. They are {width}×{height} pixels.",
@@ -256,7 +256,7 @@ def _limits(exported: Exported, experiment: Experiment) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _provenance(exported: Exported) -> str:
+def _provenance(exported: ExportedModel) -> str:
     known = exported.provenance
     rows = []
     if known.commit is not None:

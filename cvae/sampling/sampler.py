@@ -35,7 +35,7 @@ from cvae.progress import progress_bar
 from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
 from cvae.sampling import export_format, inference
-from cvae.sampling.export_format import Exported
+from cvae.sampling.export_format import ExportedModel
 from cvae.sampling.inference import Images, Vectors
 
 # A server predicts in several threads.
@@ -50,7 +50,7 @@ def _loaded(source: str, precision: Precision, sha256: str) -> TextEncoder:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model, in eval mode, with what its prompts mean. Drawing needs no prepared data.
 
     Everywhere below `prompts` are captions for a captioned model, class numbers or names for a labelled
@@ -229,7 +229,7 @@ class Trained:
         return images
 
 
-def load(name: str | Path, device: torch.device | None = None) -> Trained:
+def load(name: str | Path, device: torch.device | None = None) -> TrainedModel:
     """Opens a run (its name, its folder, or "latest") or a folder that workflows/export.py wrote.
 
     device: the GPU if there is one, else the CPU. Raises UserError where it is neither, or damaged.
@@ -237,14 +237,14 @@ def load(name: str | Path, device: torch.device | None = None) -> Trained:
     return open_found(export_format.locate(str(name)), device)
 
 
-def open_found(place: RunDirectory | Path, device: torch.device | None = None) -> Trained:
+def open_found(place: RunDirectory | Path, device: torch.device | None = None) -> TrainedModel:
     """load() for what locate() has found."""
     if isinstance(place, RunDirectory):
         return load_run(place, device)
     return load_export(place, device)
 
 
-def load_run(run: RunDirectory, device: torch.device | None = None) -> Trained:
+def load_run(run: RunDirectory, device: torch.device | None = None) -> TrainedModel:
     """Opens a run with the (averaged, where kept) weights of its best intact checkpoint.
 
     Raises UserError where there is no checkpoint yet or where the run's data are not prepared here.
@@ -253,7 +253,7 @@ def load_run(run: RunDirectory, device: torch.device | None = None) -> Trained:
     weights, step = checkpoint.load_weights(run.checkpoints, warnings.warn)
     data = open_data(experiment)
     store, encoder = data.store, experiment.data.text_encoder
-    return Trained(
+    return TrainedModel(
         name=run.name,
         experiment=experiment,
         model=_model(experiment, data.image_shape, data.condition_dim, weights, device, store.path),
@@ -267,7 +267,7 @@ def load_run(run: RunDirectory, device: torch.device | None = None) -> Trained:
     )
 
 
-def load_export(folder: Path, device: torch.device | None = None) -> Trained:
+def load_export(folder: Path, device: torch.device | None = None) -> TrainedModel:
     """Opens a folder that workflows/export.py wrote; every file is checked against its sha256.
 
     Raises UserError where something is missing, was changed, or is no exported model.
@@ -283,7 +283,7 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     encoder, shape, width = exported.text_encoder, exported.image_shape, exported.condition_dim
     # A run's own model/, as MLflow has it, holds no copy: there its name has to do.
     copy = folder / export_format.TEXT_ENCODER
-    return Trained(
+    return TrainedModel(
         name=exported.name,
         experiment=experiment,
         model=_model(experiment, shape, width, weights, device, folder),
@@ -297,7 +297,7 @@ def load_export(folder: Path, device: torch.device | None = None) -> Trained:
     )
 
 
-def _check_fit(folder: Path, exported: Exported, experiment: Experiment) -> None:
+def _check_fit(folder: Path, exported: ExportedModel, experiment: Experiment) -> None:
     """Raises UserError unless what config.json says of the model is what its experiment needs."""
     encoder, size = exported.text_encoder, experiment.data.image_size
     wanted = {

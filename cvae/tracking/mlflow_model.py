@@ -15,7 +15,7 @@ from mlflow.utils import environment
 
 import cvae
 from cvae.config.experiment import load_experiment
-from cvae.sampling.export_format import CONFIG, EXPERIMENT, Exported
+from cvae.sampling.export_format import CONFIG, EXPERIMENT, ExportedModel
 
 NAME = "model"
 # MLflow would look through every installed package, for seconds, to warn of versions that are not these.
@@ -30,7 +30,7 @@ def log_model(client: MlflowClient, run_id: str, source: Path) -> None:
 
     Raises what MLflow raises, OSError and ValueError where the folder is damaged.
     """
-    exported = Exported.model_validate_json((source / CONFIG).read_bytes())
+    exported = ExportedModel.model_validate_json((source / CONFIG).read_bytes())
     with tempfile.TemporaryDirectory(dir=source.parent, prefix=".mlflow-") as scratch:
         folder = Path(scratch, NAME)
         _save(source, exported, folder)
@@ -58,7 +58,7 @@ def _find_or_create(client: MlflowClient, run_id: str) -> LoggedModel:
     return found[0] if found else client.create_logged_model(experiment, NAME, run_id)
 
 
-def _save(source: Path, exported: Exported, folder: Path) -> None:
+def _save(source: Path, exported: ExportedModel, folder: Path) -> None:
     experiment = load_experiment(source / EXPERIMENT)
     packages = [
         *_DRAWS_WITH.split(),

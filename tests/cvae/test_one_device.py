@@ -15,7 +15,7 @@ from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import open_data
 from cvae.distributed.ranks import Ranks
 from cvae.evaluation.elbo import evaluate_elbo
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.models.cvae import build_model
 from cvae.sampling import inference
@@ -92,6 +92,6 @@ def test_training_and_measures_keep_to_the_gpu(
         averaged = engine.eval_model
         evaluate_elbo(averaged, data, data.val, experiment, ranks)
         trained: Any = SimpleNamespace(model=averaged, data=data, experiment=experiment)
-        evaluate_iwae(Subject(trained, data.val, ranks, lambda done: None), 2)
+        evaluate_iwae(EvaluationInput(trained, data.val, ranks, lambda done: None), 2)
         condition = data.condition(data.val, np.arange(2), np.zeros(2))
         assert len(inference.sample(averaged, batch.noise[:2], condition)) == 2

@@ -15,7 +15,7 @@ from cvae.data.feed import MicroBatch, micro_batches
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks, connect
 from cvae.evaluation.elbo import evaluate_elbo
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.models.cvae import Cvae
 from cvae.sampling import inference
@@ -155,7 +155,7 @@ def _as_users_have_it(
     """evaluate_elbo, evaluate_iwae and sample choose their batches themselves."""
     model, data, experiment = trained.model, trained.data, trained.experiment
     count = len(data.val)
-    subject = Subject(trained, data.val, ranks, lambda images: None)
+    subject = EvaluationInput(trained, data.val, ranks, lambda images: None)
     draws = 2 if setting.small else _DRAWS
     rows = np.arange(count)
     condition = data.condition(data.val, rows, np.zeros(count))

@@ -10,14 +10,14 @@ from cvae.distributed.device import Memory
 from cvae.distributed.ranks import Ranks
 from cvae.evaluation import iwae
 from cvae.evaluation.elbo import evaluate_elbo
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.frechet import RandomFeatures, evaluate_frechet
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.evaluation.latents import active_units, probe
 from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.models.cvae import Cvae
 from cvae.sampling import inference
-from cvae.sampling.sampler import Trained, load_run
+from cvae.sampling.sampler import TrainedModel, load_run
 from tests.helpers.trained_runs import make_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -25,14 +25,14 @@ GPU = torch.device("cuda")
 
 
 @pytest.fixture
-def trained(tiny_store: Path) -> Trained:
+def trained(tiny_store: Path) -> TrainedModel:
     return load_run(make_run(), torch.device("cpu"))
 
 
 def everything(
-    trained: Trained, tell: Callable[[float], object] = lambda n: None
+    trained: TrainedModel, tell: Callable[[float], object] = lambda n: None
 ) -> dict[str, float]:
-    asked = Subject(trained, trained.data.train, ALONE, tell)
+    asked = EvaluationInput(trained, trained.data.train, ALONE, tell)
     found = evaluate_elbo(
         trained.model, trained.data, asked.split, trained.experiment, ALONE
     ) | evaluate_iwae(asked, 7)
@@ -63,7 +63,7 @@ class SmallDevice:
 
 @pytest.mark.parametrize("room", [1, 3, 20])
 def test_a_device_that_is_too_small_finds_the_same_numbers(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, room: int
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     expected = everything(trained)
     small = SmallDevice(monkeypatch, trained.model, room)
@@ -83,7 +83,7 @@ def test_a_device_that_is_too_small_finds_the_same_numbers(
 
 
 def test_a_device_without_room_for_one_image_says_so(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SmallDevice(monkeypatch, trained.model, room=0)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
@@ -91,7 +91,7 @@ def test_a_device_without_room_for_one_image_says_so(
 
 
 def test_a_gpu_takes_what_its_free_memory_holds(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained.model
     # As many parameters as Stable Diffusion's autoencoder has: on a CPU, twelve images at once.
@@ -120,9 +120,9 @@ def test_memory_is_measured_by_the_largest_map(tiny_captioned_store: Path) -> No
 
 
 def test_iwae_decodes_no_more_draws_than_memory_holds(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Subject(trained, trained.data.val, ALONE, lambda images: None)
+    asked = EvaluationInput(trained, trained.data.val, ALONE, lambda images: None)
     small = SmallDevice(monkeypatch, trained.model, room=10**6)
     whole = evaluate_iwae(asked, 40)
     assert small.most == 40 * len(asked.split)

@@ -10,7 +10,7 @@ from cvae.data.store import Manifest, Split
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match, distinct_scenes, match_grid, nearest
 from cvae.models.cvae import Cvae
-from cvae.sampling.sampler import Trained, load_run
+from cvae.sampling.sampler import TrainedModel, load_run
 from tests.helpers.trained_runs import make_run
 
 
@@ -34,11 +34,11 @@ class Blind(Cvae):
 
 
 @pytest.fixture
-def trained(tiny_captioned_store: Path) -> Trained:
+def trained(tiny_captioned_store: Path) -> TrainedModel:
     return load_run(make_run(captioned=True), torch.device("cpu"))
 
 
-def test_an_oracle_matches_all_captions(trained: Trained) -> None:
+def test_an_oracle_matches_all_captions(trained: TrainedModel) -> None:
     val = trained.data.val
     rows = np.arange(len(val))
     condition = trained.data.condition(val, rows, np.zeros(len(val)))
@@ -52,7 +52,7 @@ def test_an_oracle_matches_all_captions(trained: Trained) -> None:
     assert match.sentence() == "21 of 21 captions matched to their own scene: 100 % (chance 5 %)"
 
 
-def test_a_blind_model_is_near_chance(trained: Trained) -> None:
+def test_a_blind_model_is_near_chance(trained: TrainedModel) -> None:
     trained.model.__class__ = Blind
     match = caption_match(trained)
     assert match.share < 0.25

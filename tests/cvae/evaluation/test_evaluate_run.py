@@ -14,9 +14,9 @@ from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match
 from cvae.evaluation.evaluate_run import _GROUPS, evaluate_runs
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.latents import active_units
-from cvae.evaluation.metric_groups import WHAT_THEY_ARE, Request, fitting
+from cvae.evaluation.metric_groups import METRIC_GROUPS, EvaluationRequest, fitting_groups
 from cvae.files.checksums import sha256_of_file
 from cvae.run.directory import RunDirectory
 from cvae.sampling import sampler
@@ -26,10 +26,12 @@ from tests.helpers.ranks import finish, lines, start_python
 from tests.helpers.trained_runs import make_run, make_run_on_other_data, save_weights
 
 
-def request(run: RunDirectory, groups: list[str] | None = None, split: str = "val") -> Request:
+def request(
+    run: RunDirectory, groups: list[str] | None = None, split: str = "val"
+) -> EvaluationRequest:
     labelled = run.experiment().data.name == "tiny"
-    groups = fitting(run.experiment(), labelled, groups, None)
-    return Request(str(run.path), split, groups, 5, None)
+    groups = fitting_groups(run.experiment(), labelled, groups, None)
+    return EvaluationRequest(str(run.path), split, groups, 5, None)
 
 
 def measured(run: RunDirectory) -> dict[str, float]:
@@ -123,13 +125,13 @@ def test_another_split_is_really_another(tiny_captioned_store: Path, tmp_path: P
         for split in (trained.data.val, trained.data.train)
     }
     assert all(text.startswith("train") for text in by_split[trained.data.train])
-    asked = Subject(trained, trained.data.train, ranks, lambda images: None)
+    asked = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
     found = _GROUPS["captions"](asked, request(run, ["captions"], "train"), None)
     assert found["caption_match_chance"] == 1 / 32  # val has 21 images, train 50
     labelled = Experiment.model_validate(tiny_experiment())
-    assert "classifier" not in fitting(labelled, True, None, None, "train")
+    assert "classifier" not in fitting_groups(labelled, True, None, None, "train")
     with pytest.raises(UserError, match="judges samples"):
-        fitting(labelled, True, ["classifier"], None, "train")
+        fitting_groups(labelled, True, ["classifier"], None, "train")
 
 
 def test_extremes_are_the_worst_and_the_best(tiny_store: Path, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_extremes_are_the_worst_and_the_best(tiny_store: Path, tmp_path: Path) -
 def test_units_that_say_nothing_of_the_image_are_not_active(tiny_store: Path) -> None:
     trained = load_run(make_run(), torch.device("cpu"))
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    asked = Subject(trained, trained.data.train, ranks, lambda images: None)
+    asked = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
     encode = trained.model.encode
 
     def with_two_active(images: torch.Tensor, condition: torch.Tensor | None):  # type: ignore[no-untyped-def]
@@ -161,9 +163,12 @@ def test_units_that_say_nothing_of_the_image_are_not_active(tiny_store: Path) ->
 def test_groups_that_do_not_fit_are_refused() -> None:
     labelled = Experiment.model_validate(tiny_experiment())
     captioned = Experiment.model_validate(tiny_experiment(captioned=True))
-    assert set(WHAT_THEY_ARE) - set(fitting(labelled, True, None, None)) == {"fid", "captions"}
-    assert "captions" in fitting(captioned, False, None, None)
-    assert fitting(labelled, True, ["iwae", "elbo"], None) == ["elbo", "iwae"]
+    assert set(METRIC_GROUPS) - set(fitting_groups(labelled, True, None, None)) == {
+        "fid",
+        "captions",
+    }
+    assert "captions" in fitting_groups(captioned, False, None, None)
+    assert fitting_groups(labelled, True, ["iwae", "elbo"], None) == ["elbo", "iwae"]
     for experiment, group, message in (
         (labelled, "iwea", "no such group.*iwae"),
         (labelled, "fid", "needs --inception FILE"),
@@ -171,7 +176,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         (captioned, "probe", "needs labels"),
     ):
         with pytest.raises(UserError, match=message):
-            fitting(experiment, experiment is labelled, [group], None)
+            fitting_groups(experiment, experiment is labelled, [group], None)
 
 
 def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
-from cvae.evaluation.evaluation_input import Subject
+from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.frechet import Inception, RandomFeatures, evaluate_frechet
 from cvae.sampling.sampler import load_run
 from tests.helpers.trained_runs import make_run
 
 
-def subject() -> Subject:
+def subject() -> EvaluationInput:
     trained = load_run(make_run(), torch.device("cpu"))
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    return Subject(trained, trained.data.train, ranks, lambda images: None)
+    return EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
 
 
 class TwoNumbers(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cvae.data.draws import binarised, iwae_noise
 from cvae.data.feed import MicroBatch
 from cvae.distributed.ranks import Ranks
-from cvae.evaluation.evaluation_input import Part
+from cvae.evaluation.evaluation_input import EvaluationBatch
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.models.backbone import Moments
 from cvae.models.cvae import Cvae
@@ -70,7 +70,7 @@ class LinearGaussian(Cvae):
 
 
 class Alone(NamedTuple):
-    """As Subject, for one batch of images on one rank."""
+    """As EvaluationInput, for one batch of images on one rank."""
 
     model: Cvae
     images: Tensor
@@ -84,10 +84,12 @@ class Alone(NamedTuple):
     def advance(self, images: float) -> None:
         pass
 
-    def each(self, function: Callable[[Part], Tensor], advances: bool) -> list[tuple[Part, Tensor]]:
+    def each(
+        self, function: Callable[[EvaluationBatch], Tensor], advances: bool
+    ) -> list[tuple[EvaluationBatch, Tensor]]:
         n = len(self.images)
         noise = torch.zeros(n, *self.model.latent_shape)
-        part = Part(0, slice(0, n), np.arange(n), MicroBatch(self.images, None, noise))
+        part = EvaluationBatch(0, slice(0, n), np.arange(n), MicroBatch(self.images, None, noise))
         return [(part, function(part))]
 
 

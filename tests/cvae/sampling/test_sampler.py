@@ -19,7 +19,7 @@ from tests.helpers.trained_runs import encode_with, make_run, save_weights
 
 
 @pytest.fixture
-def labelled(tiny_store: Path) -> sampler.Trained:
+def labelled(tiny_store: Path) -> sampler.TrainedModel:
     return load_run(make_run())
 
 
@@ -49,7 +49,7 @@ def test_weights_that_do_not_fit_the_prepared_data_are_one_line(tiny_store: Path
         load_run(run)
 
 
-def test_one_prompt_and_one_noise_are_one_image(labelled: sampler.Trained) -> None:
+def test_one_prompt_and_one_noise_are_one_image(labelled: sampler.TrainedModel) -> None:
     first = labelled.draw(["low", "high"], 3)
     assert first.shape == (2, 3, 1, 16, 16)
     assert first.dtype == np.uint8
@@ -61,12 +61,12 @@ def test_one_prompt_and_one_noise_are_one_image(labelled: sampler.Trained) -> No
 
 
 @pytest.mark.parametrize("prompt", ["MIDDLE", " middle ", 1, "1"])
-def test_a_class_goes_by_name_or_number(labelled: sampler.Trained, prompt: str | int) -> None:
+def test_a_class_goes_by_name_or_number(labelled: sampler.TrainedModel, prompt: str | int) -> None:
     assert labelled.condition([prompt]).tolist() == [[0, 1, 0]]
     assert labelled.labels([prompt]) == ["middle"]
 
 
-def test_an_unknown_class_is_answered_with_the_nearest(labelled: sampler.Trained) -> None:
+def test_an_unknown_class_is_answered_with_the_nearest(labelled: sampler.TrainedModel) -> None:
     with pytest.raises(UserError, match="'midle' is no class of tiny; did you mean middle"):
         labelled.draw(["midle"], 1)
     with pytest.raises(UserError, match="its classes are low, middle, high"):
@@ -111,7 +111,7 @@ def test_draws_come_from_the_runs_own_prior(tiny_captioned_store: Path) -> None:
     assert not np.array_equal(sample(cvae, noise, condition), decode(cvae, noise, condition))
 
 
-def test_arrays_and_prompts_of_one_image_each(labelled: sampler.Trained) -> None:
+def test_arrays_and_prompts_of_one_image_each(labelled: sampler.TrainedModel) -> None:
     images = np.array(labelled.data.val.images[:3])
     z = labelled.encode(images, [0, 1, 2])
     assert z.shape == (3, 4)
@@ -137,7 +137,7 @@ def test_a_run_without_condition_draws_for_nothing(tiny_store: Path) -> None:
 
 
 def test_parts_make_no_difference(
-    labelled: sampler.Trained, monkeypatch: pytest.MonkeyPatch
+    labelled: sampler.TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = np.arange(21)
     images = labelled.data.val.images[rows]
