@@ -1,4 +1,4 @@
-"""Looking at the nodes without training on them: `launch.py --preflight`."""
+"""Runs the checks of the nodes as a job, without training: `launch.py --preflight`."""
 
 import os
 import shutil
@@ -13,38 +13,34 @@ from cvae.preflight.inspection import EXPERIMENT_FILE, REPORT_FILE, Report
 from cvae.run.code_snapshot import Snapshot
 from slurm import job_state
 from slurm.cluster_file import Placement, TimeLimit
-from slurm.commands import DONE, JobState
 from slurm.executors import Job
-from slurm.failure_diagnosis import first_failure
-from slurm.job_state import Submission
 from workflows.jobs.plan import locate
-from workflows.jobs.submission import job_environment, submitted
-from workflows.terminal.formatting import aligned, count, shown, table
+from workflows.jobs.submission import job_environment
+from workflows.jobs.waiting import run_and_wait, waiting_text
+from workflows.terminal.formatting import aligned, count, table
 from workflows.terminal.live_display import Display
 
 ALONE = "cvae.preflight.inspection:alone"
 PASSED, FAILED = 0, 1
-_POLL_S = {"slurm": 2.0, "local": 0.3}
-_LAG_S = 30.0
 _SHORT_MIN = 10
 
 
 def preflight(
-    asked: Placement,
+    requested: Placement,
     cluster_name: str | None,
     experiment: Experiment | None,
     minutes: int | None = None,
 ) -> int:
-    """Runs the checks as a job and prints what they say, by node. Returns the command's exit status.
+    """Checks the nodes in a job, prints the results by node and returns the command's exit status.
 
-    minutes: the job's time limit on SLURM, if another one is asked for than a short one.
-    Raises UserError where there is no such cluster, it is too small, or it refuses the job.
+    experiment: what the nodes must hold; None checks the nodes alone. minutes: the job's time limit on SLURM,
+    ten if None. Raises UserError if there is no such cluster, it is too small, or it refuses the job.
     """
     time_limit = TimeLimit(minutes, short=_SHORT_MIN)
-    place, placement, facts = locate(asked, cluster_name, dry=False, time=time_limit)
-    needs = f"those of {experiment.name}" if experiment else "not known, its data are not prepared"
+    place, placement, facts = locate(requested, cluster_name, dry=False, time=time_limit)
+    needs = f"those of {experiment.name}" if experiment else "unknown: its data are not prepared"
     print(aligned([*facts, ("needs", needs)]), flush=True)
-    # Where runs write. The name keeps it out of their list.
+    # Where runs write; the leading dot keeps it out of the list of runs.
     folder = paths.runs_dir() / f".preflight-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True)
@@ -54,20 +50,27 @@ def preflight(
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     job = Job("preflight", folder, ALONE, (folder,), job_environment(Snapshot().write()))
-    with submitted(job, place, placement, asked.world_size) as submission:
-        warning = job_state.requeue_warning(submission)
-        state = _wait(submission)
-    if warning:
+    report_file, display, warnings = folder / REPORT_FILE, Display(), []
+    try:
+        result = run_and_wait(
+            job,
+            place,
+            placement,
+            requested.world_size,
+            lambda submission, state: display.status(
+                waiting_text(submission, state, f"checking the nodes: {submission.where}")
+            ),
+            is_complete=report_file.exists,
+            on_submit=lambda submission: warnings.append(job_state.requeue_warning(submission)),
+        )
+    finally:
+        display.clear()
+    for warning in filter(None, warnings):
         print(f"warning: {warning}")
-    file, deadline = folder / REPORT_FILE, time.monotonic() + _LAG_S
-    while not file.exists() and state.word in DONE and time.monotonic() < deadline:
-        time.sleep(_POLL_S[submission.executor])
-    if not file.exists():
-        failure = first_failure(folder, submission.job_id)
-        print(f"failed: {failure or f'{submission.where} ended as {state.word}'}")
-        print(f"log: {shown(failure.log if failure else folder)}")
+    if not report_file.exists():
+        print(f"{result.submission.where} failed: {result.cause}\nlog: {result.log}")
         return FAILED
-    report = Report.model_validate_json(file.read_text())
+    report = Report.model_validate_json(report_file.read_text())
     print(report_text(report))
     shutil.rmtree(folder, ignore_errors=True)
     return FAILED if report.texts("error") else PASSED
@@ -104,19 +107,3 @@ def _row(host: str, facts: list[Facts], first: Facts) -> list[str]:
         mine.torch,
         (mine.code or "")[:12],
     ]
-
-
-def _wait(submission: Submission) -> JobState:
-    display = Display()
-    try:
-        while True:
-            state = job_state.look(submission)
-            if state.phase == "ended":
-                return state
-            where = "queued" if state.phase == "queued" else "looking at the nodes"
-            if state.phase == "unknown":
-                where = f"cannot query the job ({state.reason}); retrying"
-            display.status(f"{where}: {submission.where}")
-            time.sleep(_POLL_S[submission.executor])
-    finally:
-        display.clear()

@@ -3,7 +3,6 @@
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,12 @@ from cvae.files.paths import PROJECT_ROOT
 from cvae.run import journal
 from cvae.run.code_snapshot import Snapshot
 from cvae.run.directory import RunDirectory
-from slurm import job_state
 from slurm.cluster_file import Place, Placement
 from slurm.executors import Job
-from slurm.failure_diagnosis import first_failure
 from tests.studies.benchmarks import starts
 from tests.studies.benchmarks.contestants import BARE
-from workflows.jobs.submission import TRAIN, job_environment, submitted, training_environment
-from workflows.terminal.formatting import shown
+from workflows.jobs.submission import TRAIN, job_environment, training_environment
+from workflows.jobs.waiting import run_and_wait
 
 MEASURE = "tests.studies.benchmarks.contestants:measure"
 PREPARE = "tests.studies.benchmarks.preparation:measure"
@@ -44,22 +41,22 @@ class Bench:
     _jobs: int = field(default=0, init=False)
 
     def contestant(self, name: str, run: RunDirectory) -> dict[str, Any]:
-        """What contestants.measure told."""
+        """Returns what contestants.measure has measured."""
         result = self._new(name.replace(" ", "-")) / "result.json"
         arguments = (name, str(run.experiment_file), self.seconds, self.coco, result)
         # Peers are what other people run.
         env = training_environment() if name == BARE else {}
         self._run(MEASURE, arguments, result.parent, Placement(1, 1), env)
-        told: dict[str, Any] = json.loads(result.read_text())
-        return told
+        measured: dict[str, Any] = json.loads(result.read_text())
+        return measured
 
     def preparation(self, name: str) -> dict[str, float]:
-        """What preparation.measure told."""
+        """Returns what preparation.measure has measured."""
         result = self._new(name) / "result.json"
         arguments = (name, self.coco, self.seconds, result)
         self._run(PREPARE, arguments, result.parent, Placement(1, 1), {})
-        told: dict[str, float] = json.loads(result.read_text())
-        return told
+        measured: dict[str, float] = json.loads(result.read_text())
+        return measured
 
     def loop(
         self,
@@ -110,12 +107,12 @@ class Bench:
         tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.path / 'mlflow.db'}"}
         made_env = {**training_environment(), **tracking, **(env or {})}
         self._run(TRAIN, (run.path, mirrored), run.logs, placement, made_env, is_enough)
-        told = rates([point["metrics"] for point in counted()])
+        measured = rates([point["metrics"] for point in counted()])
         if saves:
             # The first one also makes the buffers that it copies to.
             stalls = [line["stall_s"] for line in found("checkpoint")[1:]]
-            told["checkpoint_stall_s"] = statistics.median(stalls)
-        return told
+            measured["checkpoint_stall_s"] = statistics.median(stalls)
+        return measured
 
     def launch(self, run: RunDirectory, placement: Placement) -> float:
         """Seconds from launch.py to the first step."""
@@ -135,21 +132,16 @@ class Bench:
         env: dict[str, str],
         is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Until it ends, or is_enough. Raises UserError with the failure's own words."""
+        """Runs a job until it ends or is_enough(). Raises UserError with the first failure."""
         environment = {**job_environment(Snapshot().write()), **env}
         # A snapshot holds no tests, and the contestants are among them.
         environment["PYTHONPATH"] += f"{os.pathsep}{PROJECT_ROOT}"
         job = Job("benchmark", logs, target, arguments, environment)
-        with submitted(job, self.place, placement, placement.world_size) as submission:
-            while job_state.look(submission).phase != "ended":
-                if is_enough():
-                    job_state.end(submission, 0, lambda _: None)
-                    return
-                time.sleep(_POLL_S)
-        if (failure := first_failure(logs, submission.job_id)) is not None:
-            raise UserError(
-                f"{target.partition(':')[0]} failed: {failure}; log: {shown(failure.log)}"
-            )
+        ended = run_and_wait(
+            job, self.place, placement, placement.world_size, is_enough=is_enough, poll_s=_POLL_S
+        )
+        if ended.failure is not None:
+            raise UserError(f"{target.partition(':')[0]} failed: {ended.cause}; log: {ended.log}")
 
     def _new(self, name: str) -> Path:
         self._jobs += 1

@@ -14,7 +14,7 @@ def test_it_tells_of_the_node_and_leaves_only_the_code(
 ) -> None:
     assert launch.main(["--preflight", "--gpus", "2", "--cluster", "local"]) == 0
     out = capsys.readouterr().out
-    assert "needs  not known, its data are not prepared" in out
+    assert "needs  unknown: its data are not prepared" in out
     assert "all-reduce over 2 ranks: " in out
     assert "\npassed; the checks took " in out
     assert list((home / "runs").iterdir()) == []
