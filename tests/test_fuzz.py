@@ -35,7 +35,7 @@ def _trusting(path: Path, kind: Any) -> Any:
     return json.loads(path.read_bytes())
 
 
-def _mixed(folder: Path, warn: Any) -> checkpoint.Snapshot:
+def _mixed(folder: Path, warn: Any) -> checkpoint.TrainingState:
     return checkpoint.load_step(folder, 1)._replace(state={"step": 2})
 
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -32,24 +33,21 @@ _STATE = "state.json"
 _BEST = "best"
 
 
-class Snapshot(NamedTuple):
-    """Everything a run needs to go on from where it was."""
+class TrainingState(NamedTuple):
+    """Everything that a run needs to go on from where it stopped."""
 
     tensors: dict[str, Tensors]
     """"model", "optimizer" and, with EMA, "ema"; each by name."""
     state: dict[str, Any]
-    """step, best_val_loss and whatever else is plain data."""
+    """step, best_val_loss and other plain data."""
 
     def is_finite(self) -> bool:
-        """Returns whether no tensor holds an inf or a nan; reading it waits for the device."""
-        return all(
-            bool(value.isfinite().all())
-            for tensors in self.tensors.values()
-            for value in tensors.values()
-        )
+        """Returns whether no tensor holds an inf or a nan; waits for the device once."""
+        values = [value for tensors in self.tensors.values() for value in tensors.values()]
+        return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
 
-def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
+def save(folder: Path, snapshot: TrainingState, keep: int, best: bool) -> Path:
     """Writes a snapshot and removes all but the newest `keep` and the best one.
 
     Raises OSError (disk full); what was there before is then untouched. What cannot be removed is no error:
@@ -87,7 +85,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int, best: bool) -> Path:
     return final
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
+def load_newest(folder: Path, warn: Callable[[str], None]) -> TrainingState | None:
     """The newest snapshot whose checksums hold; None where there is none at all.
 
     warn: is told of every damaged checkpoint that was passed over.
@@ -106,7 +104,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
-def load_step(folder: Path, step: int) -> Snapshot:
+def load_step(folder: Path, step: int) -> TrainingState:
     """The snapshot of that step. Raises UserError where it is damaged or not there."""
     name = _name(step)
     try:
@@ -142,7 +140,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
+def _load(folder: Path, parts: tuple[str, ...] = ()) -> TrainingState:
     """Raises ValueError saying what is damaged. parts: those wanted; if empty, all that a run goes on from."""
     try:
         state = json.loads((folder / _STATE).read_text())
@@ -173,7 +171,7 @@ def _load(folder: Path, parts: tuple[str, ...] = ()) -> Snapshot:
         json.JSONDecodeError,
     ) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    return Snapshot(tensors, state)
+    return TrainingState(tensors, state)
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvae.errors import UserError
 from cvae.run import checkpoint
-from cvae.run.checkpoint import Snapshot
+from cvae.run.checkpoint import TrainingState
 
 
 class Saver:
@@ -29,7 +29,7 @@ class Saver:
         self.best = float("inf")
         """The lowest validation loss of those checkpoints that have been written."""
 
-    def save(self, snapshot: Snapshot, keep: int, best: bool) -> None:
+    def save(self, snapshot: TrainingState, keep: int, best: bool) -> None:
         """checkpoint.save() in the background; returns as soon as the tensors may change again."""
         began = time.perf_counter()
         self.wait()
@@ -61,7 +61,7 @@ class Saver:
             self._writing.join()
             self._writing = None
 
-    def _copied(self, snapshot: Snapshot) -> Snapshot:
+    def _copied(self, snapshot: TrainingState) -> TrainingState:
         """In host memory that is used again: a fresh gigabyte would cost more than the copying."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for part, contents in snapshot.tensors.items():
@@ -75,9 +75,9 @@ class Saver:
                 tensors[part][name] = buffer.copy_(value.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return Snapshot(tensors, snapshot.state)
+        return TrainingState(tensors, snapshot.state)
 
-    def _write(self, snapshot: Snapshot, keep: int, best: bool, stall_s: float) -> None:
+    def _write(self, snapshot: TrainingState, keep: int, best: bool, stall_s: float) -> None:
         step, began = snapshot.state["step"], time.perf_counter()
         try:
             path = checkpoint.save(self.folder, snapshot, keep, best)

@@ -17,7 +17,7 @@ from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.models.cvae import Cvae, Elbo
-from cvae.run.checkpoint import Snapshot, Tensors
+from cvae.run.checkpoint import Tensors, TrainingState
 from cvae.training.adam import build_adam
 from cvae.training.ema import update_average
 
@@ -84,7 +84,7 @@ class DdpEngine:
         norm = self._update(lr)
         return torch.cat([totals, norm.reshape(1)])
 
-    def snapshot(self, state: dict[str, Any]) -> Snapshot:
+    def snapshot(self, state: dict[str, Any]) -> TrainingState:
         tensors: dict[str, Tensors] = {
             "model": dict(self.model.state_dict()),
             "optimizer": {
@@ -95,9 +95,9 @@ class DdpEngine:
         }
         if self.ema is not None:
             tensors["ema"] = dict(self.ema.state_dict())
-        return Snapshot(tensors, {**state, "loss_scale": self.scaler.state_dict()})
+        return TrainingState(tensors, {**state, "loss_scale": self.scaler.state_dict()})
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: TrainingState) -> None:
         self.model.load_state_dict(snapshot.tensors["model"])
         saved = snapshot.tensors["optimizer"]
         for name, parameter in self.model.named_parameters():

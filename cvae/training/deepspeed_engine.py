@@ -19,7 +19,7 @@ from cvae.data.feed import MicroBatch
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae, Elbo
-from cvae.run.checkpoint import Snapshot, Tensors
+from cvae.run.checkpoint import Tensors, TrainingState
 from cvae.training import zero_state
 from cvae.training.adam import build_adam
 from cvae.training.ema import copy_buffers, update_average
@@ -127,7 +127,7 @@ class DeepSpeedEngine:
         self._average()
         return torch.cat([totals / self.batch_size, self.norm.reshape(1)])
 
-    def snapshot(self, state: dict[str, Any]) -> Snapshot:
+    def snapshot(self, state: dict[str, Any]) -> TrainingState:
         model, optimizer, ema = Tensors(), Tensors(), Tensors()
         known = bool(self.adam.state)  # not before the first update: fp16 may skip some
         for name, parameter in self.model.named_parameters():
@@ -146,9 +146,9 @@ class DeepSpeedEngine:
         tensors = {"model": model, "optimizer": optimizer} | ({"ema": ema} if ema else {})
         if not self.ranks.is_first:
             tensors = {}
-        return Snapshot(tensors, {**state, "loss_scale": self.scaler.state_dict()})
+        return TrainingState(tensors, {**state, "loss_scale": self.scaler.state_dict()})
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: TrainingState) -> None:
         saved, states = snapshot.tensors["model"], snapshot.tensors["optimizer"]
         for name, parameter in self.model.named_parameters():
             self.storage.put_weight(parameter, saved[name])

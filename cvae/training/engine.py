@@ -12,7 +12,7 @@ from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.errors import UserError
 from cvae.models.cvae import Cvae
-from cvae.run.checkpoint import Snapshot
+from cvae.run.checkpoint import TrainingState
 
 
 class Engine(Protocol):
@@ -41,13 +41,13 @@ class Engine(Protocol):
         clipping.
         """
 
-    def snapshot(self, state: dict[str, Any]) -> Snapshot:
+    def snapshot(self, state: dict[str, Any]) -> TrainingState:
         """Whole tensors by the parameters' names beside `state`; of use on rank 0 alone.
 
         The same for every engine, so that any of them can restore it.
         """
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: TrainingState) -> None:
         """Continues from a snapshot, whichever engine and number of ranks wrote it."""
 
 

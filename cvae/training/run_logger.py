@@ -74,7 +74,7 @@ class Record:
                 continue
             self._append("picture", step=step, key=key, path=str(path.relative_to(self.run.path)))
 
-    def checkpoint(self, snapshot: checkpoint.Snapshot, keep: int, best: bool) -> None:
+    def checkpoint(self, snapshot: checkpoint.TrainingState, keep: int, best: bool) -> None:
         """Returns when the snapshot has been copied; it is written while training goes on."""
         if self.writer is None:
             return

@@ -199,7 +199,7 @@ def _train(
     return Outcome("finished", total, "")
 
 
-def _newest(run: RunDirectory, ranks: Ranks, record: Record) -> checkpoint.Snapshot | None:
+def _newest(run: RunDirectory, ranks: Ranks, record: Record) -> checkpoint.TrainingState | None:
     """The newest intact checkpoint, the same on all ranks; None where there is none yet."""
     # Rank 0 chooses, so that ranks whose view of the shared file system differs cannot disagree.
     found = checkpoint.load_newest(run.checkpoints, record.notice) if ranks.is_first else None

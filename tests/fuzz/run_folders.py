@@ -102,7 +102,9 @@ def _original() -> tuple["tempfile.TemporaryDirectory[str]", Path]:
                 adam |= {f"step.{name}": torch.tensor(float(step)) for name in weights}
                 state = {"step": step, "best_val_loss": _LOSS, "loss_scale": None, "skipped": 0}
                 tensors = {"model": weights, "optimizer": adam}
-                checkpoint.save(run.checkpoints, checkpoint.Snapshot(tensors, state), 2, best=True)
+                checkpoint.save(
+                    run.checkpoints, checkpoint.TrainingState(tensors, state), 2, best=True
+                )
         make_sweep(home, *runs)
     return kept, home
 

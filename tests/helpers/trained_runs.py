@@ -50,7 +50,9 @@ def save_weights(run: RunDirectory, weights: dict[str, Tensor], step: int, part:
     if part == "ema":
         zeros = {name: tensor * 0 for name, tensor in weights.items()}
         tensors = {"model": zeros, "ema": weights}
-    checkpoint.save(run.checkpoints, checkpoint.Snapshot(tensors, {"step": step}), 3, best=True)
+    checkpoint.save(
+        run.checkpoints, checkpoint.TrainingState(tensors, {"step": step}), 3, best=True
+    )
 
 
 def encode_with(root: Path, name: str = "minilm") -> None:

@@ -25,7 +25,7 @@ from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks, connect
 from cvae.evaluation.elbo import evaluate_elbo
 from cvae.models.cvae import build_model
-from cvae.run.checkpoint import Snapshot
+from cvae.run.checkpoint import TrainingState
 from cvae.training.engine import build_engine
 from cvae.training.schedule import kl_weight, learning_rate
 from tests.conftest import tiny_experiment, write_store
@@ -143,12 +143,12 @@ def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> Snapshot:
+def load(path: Path) -> TrainingState:
     parts = {
         file.name.split(".")[1]: file for file in path.parent.glob(f"{path.name}.*.safetensors")
     }
     state = json.loads(Path(f"{path}.json").read_text())
-    return Snapshot({part: load_file(file) for part, file in parts.items()}, state)
+    return TrainingState({part: load_file(file) for part, file in parts.items()}, state)
 
 
 def deviation(one: list[float], other: list[float]) -> float:

@@ -10,12 +10,12 @@ import torch
 from cvae.errors import UserError
 from cvae.files.checksums import sha256_of_file
 from cvae.run import checkpoint
-from cvae.run.checkpoint import Snapshot
+from cvae.run.checkpoint import TrainingState
 
 
-def snapshot(step: int) -> Snapshot:
+def snapshot(step: int) -> TrainingState:
     tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"m.w": torch.zeros(3)}}
-    return Snapshot(tensors, {"step": step, "best_val_loss": 1.5})
+    return TrainingState(tensors, {"step": step, "best_val_loss": 1.5})
 
 
 def newest_step(folder: Path, warnings: list[str] | None = None) -> int:
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True)
     try:
         checkpoint.save(tmp_path, snapshot(1), keep=3, best=True)
-        large = Snapshot({"model": {"w": torch.zeros(40_000)}}, {"step": 2})
+        large = TrainingState({"model": {"w": torch.zeros(40_000)}}, {"step": 2})
         with pytest.raises(Exception, match=r"(?i)space"):
             checkpoint.save(tmp_path, large, keep=1, best=True)
         assert newest_step(tmp_path) == 1

@@ -9,13 +9,13 @@ import torch
 
 from cvae.errors import UserError
 from cvae.run import checkpoint
-from cvae.run.checkpoint import Snapshot
+from cvae.run.checkpoint import TrainingState
 from cvae.training.checkpoint_writer import Saver
 
 
-def snapshot(step: int, weights: torch.Tensor) -> Snapshot:
+def snapshot(step: int, weights: torch.Tensor) -> TrainingState:
     tensors = {"model": {"w": weights}, "optimizer": {"m.w": weights}}
-    return Snapshot(tensors, {"step": step, "best_val_loss": 1.0})
+    return TrainingState(tensors, {"step": step, "best_val_loss": 1.0})
 
 
 class SlowDisk:
@@ -27,7 +27,7 @@ class SlowDisk:
         self._save = checkpoint.save
         monkeypatch.setattr(checkpoint, "save", self)
 
-    def __call__(self, folder: Path, what: Snapshot, keep: int, best: bool) -> Path:
+    def __call__(self, folder: Path, what: TrainingState, keep: int, best: bool) -> Path:
         self.began.append(what.state["step"])
         assert self.go.wait(10)
         return self._save(folder, what, keep, best)

@@ -303,7 +303,7 @@ def test_a_best_checkpoint_that_was_not_written_does_not_count(
     """Of the losses 5, 1, 3, 4 the disk was full at 1: the best that there is has 3."""
     losses, write = iter([5.0, 1.0, 3.0, 4.0]), checkpoint.save
 
-    def save(folder: Path, what: checkpoint.Snapshot, keep: int, best: bool) -> Path:
+    def save(folder: Path, what: checkpoint.TrainingState, keep: int, best: bool) -> Path:
         if what.state["step"] == 10:
             raise OSError(28, "No space left on device")
         return write(folder, what, keep, best)
