@@ -37,8 +37,8 @@ from slurm.cluster_file import Place, Placement, TimeLimit
 from slurm.executors import Job
 from slurm.failure_diagnosis import first_failure
 from slurm.job_state import Submission
+from workflows.jobs.job_options import add_time
 from workflows.jobs.submission import job_environment, submitted
-from workflows.jobs.time_option import add_time
 from workflows.terminal.formatting import aligned, shown, table
 
 EVALUATE = "cvae.evaluation.evaluate_run:evaluate_runs"

@@ -18,10 +18,10 @@ from cvae.run.directory import free_name, telling_name
 from slurm import cluster_file
 from slurm.job_state import requeue_warning
 from workflows.jobs.follow import follow
+from workflows.jobs.job_options import add_time
 from workflows.jobs.plan import default_experiment, plan_launch
 from workflows.jobs.run_state import submissions
 from workflows.jobs.submission import submit_new
-from workflows.jobs.time_option import add_time
 from workflows.terminal.formatting import shown
 
 

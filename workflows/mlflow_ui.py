@@ -15,8 +15,9 @@ from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError, cut
 from cvae.files import paths
+from cvae.files.paths import printable
 from cvae.redaction import without_password
-from workflows.terminal.formatting import aligned, printable
+from workflows.terminal.formatting import aligned
 
 _FIRST_PORT, _PORTS = 5000, 50
 _PATIENCE_S = 90.0

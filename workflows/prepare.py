@@ -21,7 +21,7 @@ from cvae.preparation.scenes_coco import TRAIN_IMAGES, prepare_scenes
 from cvae.preparation.store_writer import Prepared
 from slurm import cluster_file
 from workflows.jobs import prepare_job
-from workflows.jobs.time_option import add_time
+from workflows.jobs.job_options import add_time
 from workflows.terminal.formatting import duration, shown
 
 _MOST_REASONS = 5

@@ -18,10 +18,10 @@ from slurm import cluster_file, job_state
 from slurm.job_files import log_file
 from workflows.jobs.checkpoint_notice import grace_fact, measured_save_s
 from workflows.jobs.follow import follow
+from workflows.jobs.job_options import add_time
 from workflows.jobs.plan import locate
 from workflows.jobs.run_state import last_submission, run_state
 from workflows.jobs.submission import code_fact, note_cancelled, submit
-from workflows.jobs.time_option import add_time
 from workflows.listing.run_view import list_text, show_text
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory

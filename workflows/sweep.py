@@ -23,7 +23,7 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.directory import check_new_name, free_name
 from slurm import attempts, cluster_file, job_state
-from workflows.jobs.time_option import add_time
+from workflows.jobs.job_options import add_time
 from workflows.sweeps.directory import SweepDirectory
 from workflows.sweeps.sweep_file import load_sweep
 from workflows.terminal.formatting import aligned, shown

@@ -30,7 +30,7 @@ from cvae.run.directory import free_name
 from slurm import cluster_file
 from slurm.cluster_file import Place, Placement
 from tests.studies.benchmarks import GROUPS, PREPARATION
-from workflows.jobs.time_option import add_time
+from workflows.jobs.job_options import add_time
 from workflows.terminal.formatting import aligned
 
 if TYPE_CHECKING:

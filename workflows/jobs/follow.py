@@ -7,11 +7,13 @@ from typing import Any
 
 from cvae.errors import UserError
 from cvae.files import paths
+from cvae.files.paths import printable
 from cvae.redaction import without_password
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.tracking.mlflow_mirror import behind, newest_word
 from slurm import attempts, job_state
+from slurm.cluster_file import count
 from slurm.commands import JobState
 from slurm.failure_diagnosis import first_failure
 from slurm.job_state import Submission
@@ -25,7 +27,7 @@ from workflows.jobs.run_state import (
     total_steps,
     total_steps_of,
 )
-from workflows.terminal.formatting import Fact, aligned, clock, count, duration, printable, shown
+from workflows.terminal.formatting import Fact, aligned, clock, duration, shown
 from workflows.terminal.live_display import Display
 
 FINISHED, FAILED, BAD_INPUT, STOPPED, DETACHED = 0, 1, 2, 3, 130
@@ -132,7 +134,7 @@ class _Follower:
             self.job, self.blind = job, False
         elif not self.blind:
             self.blind = True
-            self.display.say(f"cannot see the job: {job.reason}; trying on")
+            self.display.message(f"cannot see the job: {job.reason}; trying on")
 
     def _new_lines(self) -> list[dict[str, Any]]:
         lines, self.offset = journal.read(self.run.journal_file, self.offset)
@@ -174,14 +176,14 @@ class _Follower:
                 *dict.fromkeys(line.get("hosts") or []),
             ]
             ranks = count(line.get("world_size") or 1, "rank")
-            self.display.say(
+            self.display.message(
                 f"training from step {line['step']:,} on {ranks} ({', '.join(filter(None, on))})"
             )
         elif kind == "end":
             self.marks.append(line)
             self.display.pause()
             if line["status"] not in ("finished", "stopped"):
-                self.display.say(f"{line['status']} at step {line['step']:,}: {line['reason']}")
+                self.display.message(f"{line['status']} at step {line['step']:,}: {line['reason']}")
         elif kind == "step":
             metrics = line["metrics"]
             notes = {}
@@ -194,9 +196,9 @@ class _Follower:
                 notes["next point"] = f"step {min(self.log_every, self.total or self.log_every)}"
             self.display.progress(self.step, self.total, notes)
         elif kind == "epoch":
-            self.display.say(epoch_line(line))
+            self.display.message(epoch_line(line))
         elif kind == "notice":
-            self.display.say(f"note: {line['message']}")
+            self.display.message(f"note: {line['message']}")
 
 
 def epoch_line(line: dict[str, Any]) -> str:

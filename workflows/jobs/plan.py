@@ -10,13 +10,13 @@ from cvae.files import paths
 from cvae.run.code_snapshot import Snapshot
 from cvae.run.directory import RunDirectory, check_new_name
 from slurm import cluster_file, executors
-from slurm.cluster_file import UNASKED, Place, Placement, TimeLimit
+from slurm.cluster_file import UNASKED, Place, Placement, TimeLimit, count
 from slurm.executors import Job
 from workflows.jobs.checkpoint_notice import expected_save_s, grace_fact
 from workflows.jobs.follow import open_mlflow
 from workflows.jobs.scaling_model import expected_fact
 from workflows.jobs.submission import job_of
-from workflows.terminal.formatting import Fact, aligned, clock, count, shown
+from workflows.terminal.formatting import Fact, aligned, clock, shown
 
 
 class Plan(NamedTuple):

@@ -12,12 +12,12 @@ from cvae.preflight.checks import Facts, size
 from cvae.preflight.inspection import EXPERIMENT_FILE, REPORT_FILE, Report
 from cvae.run.code_snapshot import Snapshot
 from slurm import job_state
-from slurm.cluster_file import Placement, TimeLimit
+from slurm.cluster_file import Placement, TimeLimit, count
 from slurm.executors import Job
 from workflows.jobs.plan import locate
 from workflows.jobs.submission import job_environment
 from workflows.jobs.waiting import run_and_wait, waiting_text
-from workflows.terminal.formatting import aligned, count, table
+from workflows.terminal.formatting import aligned, table
 from workflows.terminal.live_display import Display
 
 ALONE = "cvae.preflight.inspection:alone"

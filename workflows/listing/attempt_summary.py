@@ -4,9 +4,10 @@ from cvae.run.directory import RunDirectory
 from cvae.run.journal_lines import Line
 from slurm import attempts
 from slurm.attempts import Try
+from slurm.cluster_file import count
 from slurm.commands import JobState
 from workflows.jobs.run_state import submissions
-from workflows.terminal.formatting import clock, count, duration
+from workflows.terminal.formatting import clock, duration
 
 _NODES_SHOWN = 8
 

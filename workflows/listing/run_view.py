@@ -7,11 +7,13 @@ from typing import NamedTuple, TypeVar
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
+from cvae.files.paths import printable
 from cvae.preflight.checks import Network, size
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.run.journal_lines import Line
 from slurm import job_state
+from slurm.cluster_file import count
 from slurm.commands import JobState
 from slurm.job_state import Submission
 from workflows.jobs.follow import epoch_line, failure_facts, mlflow_fact
@@ -33,9 +35,7 @@ from workflows.terminal.formatting import (
     Fact,
     aligned,
     clock,
-    count,
     duration,
-    printable,
     shown,
     table,
 )

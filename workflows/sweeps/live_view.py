@@ -16,13 +16,14 @@ from cvae.config.experiment import load_experiment
 from cvae.files.paths import PROJECT_ROOT
 from cvae.run import journal
 from slurm import attempts, job_state
+from slurm.cluster_file import count
 from slurm.commands import JobState
 from workflows.jobs.follow import DETACHED, FAILED, FINISHED, STOPPED, open_mlflow
 from workflows.jobs.run_state import newest_step, total_steps
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial, run_of, shown
 from workflows.sweeps.sweep_file import Sweep, with_values
-from workflows.terminal.formatting import aligned, count, duration
+from workflows.terminal.formatting import aligned, duration
 
 # What a sweep may cut short, and what is trained in full afterwards.
 _LENGTH = ("training.epochs", "training.max_steps", "training.eval_every", "data.fraction")

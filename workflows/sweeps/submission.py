@@ -12,14 +12,14 @@ from cvae.run import code_snapshot
 from cvae.run.code_snapshot import Snapshot
 from slurm import executors, job_state, ray_cluster
 from slurm.attempts import Care
-from slurm.cluster_file import Place, Placement
+from slurm.cluster_file import Place, Placement, count
 from slurm.executors import Job
 from slurm.job_state import Submission
 from workflows.jobs.follow import open_mlflow
 from workflows.jobs.submission import interrupts_wait, job_environment
 from workflows.sweeps.directory import SweepDirectory, shown
 from workflows.sweeps.sweep_file import Loaded, Space
-from workflows.terminal.formatting import Fact, count
+from workflows.terminal.formatting import Fact
 from workflows.terminal.formatting import shown as shown_path
 
 

@@ -1,4 +1,4 @@
-"""How the commands write: aligned facts, tables, times, paths."""
+"""Formats what the commands print: aligned facts, tables, times and paths."""
 
 import math
 import os
@@ -7,15 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cvae.files.paths import printable
-from slurm.cluster_file import count
-
-__all__ = ["Fact", "aligned", "clock", "count", "duration", "printable", "shown", "table"]
 
 Fact = tuple[str, str]
 
 
 def aligned(facts: Iterable[Fact]) -> str:
-    """One fact a line, the names in a column; a fact's further lines stand under its first."""
+    """Returns one fact per line, the texts in a column; a text's further lines are indented alike."""
     rows = list(facts)
     width = max(len(name) for name, _ in rows)
     indent = "\n" + " " * (width + 2)
@@ -23,17 +20,12 @@ def aligned(facts: Iterable[Fact]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """Columns as wide as their widest cell; those whose header is in `right` flush right."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    flushed = [name in right for name in header]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(line, widths, flushed, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    """Returns a table of text; columns whose header is in `right` are right-aligned."""
+    columns = []
+    for cells in zip(header, *rows, strict=True):
+        width = max(map(len, cells))
+        columns.append([f"{cell:{'>' if cells[0] in right else '<'}{width}}" for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def duration(seconds: float) -> str:
@@ -49,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(when: float) -> str:
-    """ "23 Nov 04:39:24", local time; "?" for what is no time."""
+    """ "23 Nov 04:39:24" in local time, or "?" for a number that is no valid time."""
     try:
         return time.strftime("%d %b %H:%M:%S", time.localtime(when))
     except (ValueError, OverflowError, OSError):
@@ -57,6 +49,6 @@ def clock(when: float) -> str:
 
 
 def shown(path: Path) -> str:
-    """Relative where that is shorter."""
+    """Returns the path relative to the working directory if it is below it, else as it is."""
     relative = os.path.relpath(path)
     return printable(relative if not relative.startswith("..") else str(path))
