@@ -23,7 +23,7 @@ _LONGEST_NAME = 90
 
 
 class RunDirectory:
-    """Names the files of a run. Its format is described in CONTRIBUTING.md."""
+    """Names the files of a run. docs/formats.md describes them."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -77,9 +77,10 @@ def test_captions_in_images_out(
     run = make_run(captioned=True, encoder="minilm")
     model = mlflow.pyfunc.load_model(f"runs:/{logged(run)}/model")
     captions = ["a red bus on a street", "two dogs 🐕"]
-    # As README shows it, in a folder of the person's own.
+    # As the user guide shows it, in a folder of the person's own.
     (snippet,) = re.findall(
-        r"\n((?:    .*\n)*    .*pyfunc.*\n(?:    .*\n)*)", (PROJECT_ROOT / "README.md").read_text()
+        r"\n((?:    .*\n)*    .*pyfunc.*\n(?:    .*\n)*)",
+        (PROJECT_ROOT / "docs" / "guide.md").read_text(),
     )
     for shown, meant in {
         "sqlite:////folder/of/this/checkout/mlflow.db": paths.tracking_uri(),
