@@ -1,27 +1,25 @@
-"""One experiment, from its configuration to its pictures. Knows no SLURM, no Ray and no command line."""
+"""One experiment, from its configuration to its pictures, without SLURM, Ray or a command line."""
 
 import os
 import sys
-from contextlib import suppress
 
-_NEEDED = {"slurm", "workflows", "analysis", "yaml", "numpy", "torch", "pydantic", "tqdm"}
+_IMPORTED = {"slurm", "workflows", "analysis", "yaml", "numpy", "torch", "pydantic", "tqdm"}
 
 
 def _check_python_path() -> None:
     """Ends the process with one line if a file on PYTHONPATH hides a module that we import.
 
-    It runs before the imports that would fail, each with its own riddle.
+    It runs first because each of the following imports would fail with a different, obscure error.
     """
-    own = os.path.dirname(os.__file__)
-    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        names: list[str] = []
-        with suppress(OSError):
-            names = (
-                sorted(os.listdir(folder)) if folder and not os.path.samefile(folder, own) else []
-            )
+    standard_library = os.path.dirname(os.__file__)
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        try:
+            names = [] if os.path.samefile(folder, standard_library) else sorted(os.listdir(folder))
+        except OSError:
+            continue
         for name in names:
-            module = name.removesuffix(".py")
-            if module != name and (module in _NEEDED or module in sys.stdlib_module_names):
+            module, extension = os.path.splitext(name)
+            if extension == ".py" and (module in _IMPORTED or module in sys.stdlib_module_names):
                 sys.stderr.write(
                     f"error: {ascii(os.path.join(folder, name))[1:-1][-300:]} hides the module {module};"
                     " take its folder out of PYTHONPATH or rename the file\n"

@@ -1,11 +1,17 @@
-"""The one exception that is meant for the person at the keyboard, and the others in words."""
+"""The exception for errors that the user can correct, and functions that word error messages."""
 
 import difflib
 import reprlib
 from collections.abc import Iterable
 
-# PyTorch's RuntimeErrors for the host's memory and for a GPU's.
-_WANT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
+# How PyTorch's RuntimeErrors begin if the host or a GPU has no memory left.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
+_LONGEST_LINE = 400
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 3, 12, 12, 6
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100
+HINTS: dict[str, str] = {}
+"""The texts of hints by key, with fields in braces; the package `workflows` fills it."""
 
 
 class UserError(Exception):
@@ -13,7 +19,7 @@ class UserError(Exception):
 
     Commands print it as ``error: …`` and exit with status 2.
 
-    hint: a key of ``HINTS``, whose text the commands append, formatted with `values`. In this way a
+    hint: a key of `HINTS`, whose text the commands append, formatted with `values`. In this way a
     library function can suggest a command without knowing the command line.
     """
 
@@ -27,38 +33,26 @@ class UserError(Exception):
         return f"{self}; {text}" if text else str(self)
 
 
-HINTS: dict[str, str] = {}
-"""The texts of hints, by key; the package `workflows` fills it."""
-
-
-_LONGEST_LINE = 400
-_VALUES = reprlib.Repr()
-_VALUES.maxlevel, _VALUES.maxlist, _VALUES.maxtuple, _VALUES.maxdict = 3, 12, 12, 6
-_VALUES.maxstring = _VALUES.maxlong = _VALUES.maxother = 100
-
-
 def shown(value: object) -> str:
-    """Returns the value's repr for a message: of at most 200 characters, whatever the value."""
+    """Returns the repr of any value for a message, cut to 200 characters."""
     try:
-        return cut(_VALUES.repr(value), 200)
+        return cut(_REPR.repr(value), 200)
     except (ValueError, RecursionError):
-        # Python does not print whole numbers of thousands of digits.
+        # Python does not print integers of thousands of digits.
         return f"a huge {type(value).__name__}"
 
 
 def one_line(text: object) -> str:
-    """Returns text for a terminal: in one line, of at most 400 characters, the unprintable ones escaped."""
-    line = " ".join(str(text).split())
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut(line, _LONGEST_LINE))
+    """Returns the text as one line for a terminal: unprintable characters escaped, cut to 400."""
+    line = cut(" ".join(str(text).split()), _LONGEST_LINE)
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return cut(escaped, _LONGEST_LINE)
 
 
 def cut(text: str, most: int) -> str:
-    """Returns the text itself or, if it is longer than `most` characters, its two ends around "…"."""
-    if len(text) <= most:
-        return text
+    """Returns the text, or its beginning and end around "…" if it has more than `most` characters."""
     tail = most // 3
-    return f"{text[: most - tail - 1]}…{text[-tail:]}"
+    return text if len(text) <= most else f"{text[: most - tail - 1]}…{text[-tail:]}"
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -80,7 +74,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """ "ValueError: …", or "out of memory: RuntimeError: …"."""
+    """Returns "ValueError: …", or "out of memory: RuntimeError: …"."""
     text = f"{type(error).__name__}: {error}"
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _WANT_OF_MEMORY)
-    return f"out of memory: {text}" if said or isinstance(error, MemoryError) else text
+    lacks_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+    return f"out of memory: {text}" if lacks_memory else text

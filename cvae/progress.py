@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes longer than a moment."""
+"""The progress bar of everything that may take longer than a moment."""
 
 import sys
 from typing import Any
@@ -9,9 +9,9 @@ from tqdm import tqdm
 def progress_bar(
     total: int, unit: str, what: str, done: int = 0, disable: bool = False, delay: float = 0
 ) -> "tqdm[Any]":
-    """A live bar on a terminal, a line every ten seconds elsewhere.
+    """Returns a bar that is live on a terminal, and elsewhere prints a line every ten seconds.
 
-    done: before this start. delay: seconds after which it shows, for what is mostly quick.
+    done: units that an earlier start completed. delay: seconds before the bar appears.
     """
     return tqdm(
         total=total,

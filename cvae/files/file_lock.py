@@ -1,9 +1,10 @@
-"""Locks that processes hold on files, on every file system: the only user of flock.
+"""Locks that processes hold on files, on every file system.
 
-The kernel frees its locks when their process ends, however it ends. Some file systems have none: Lustre that is
-mounted without `-o flock`, NFS without its lock service, some FUSE. There a process announces itself by an empty
-file beside the locked one, whose name says who it is, and is refused while another's stands there. As these
-names are never used twice, whoever finds one of a process that is gone may remove it.
+The kernel frees its locks when their process ends, however it ends. Some file systems have none:
+Lustre mounted without `-o flock`, NFS without its lock service, some FUSE. There, a process announces
+itself by an empty file next to the locked one, whose name identifies the process, and is refused
+while another's file exists. These names are never used twice, so whoever finds the file of a process
+that has ended may remove it.
 """
 
 import errno
@@ -24,22 +25,17 @@ from cvae.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_WITHOUT_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.ENOTTY,
-    errno.EPERM,
-    errno.EACCES,
+_UNSUPPORTED = (
+    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL),
+    *(errno.ENOTTY, errno.EPERM, errno.EACCES),
     errno.EBADF,  # a POSIX lock on a folder
 )
-# A process on another host is taken for gone when it has not touched its file for so long, by the clock of
-# the file server. A file system that fails over stands still for up to a minute.
+# A process on another host counts as ended if it has not touched its file for so long, by the clock of
+# the file server. A file system that fails over may pause for a minute.
 _TOUCH_EVERY_S, _GONE_AFTER_S = 5.0, 75.0
-# Two that announce themselves at the same moment see each other, and both step back for a moment.
+# Two that announce themselves at the same moment see each other, and both retry for so long.
 _SAME_MOMENT_S = 0.5
-_said: set[Path] = set()
+_warned_folders: set[Path] = set()
 _counter_lock = threading.Lock()
 _counter = 0
 
@@ -59,10 +55,10 @@ def file_lock(path: Path, patience_s: float = 0.0, refusal: str = "") -> Iterato
     deadline = time.monotonic() + patience_s
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_APPEND
     file = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    with ExitStack() as held:
-        held.callback(os.close, file)
+    with ExitStack() as lock:
+        lock.callback(os.close, file)
         pause = 0.01
-        while not _acquire(file, path, held):
+        while not _acquire(file, path, lock):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise Locked(refusal or f"{path} is locked by another process")
@@ -72,7 +68,7 @@ def file_lock(path: Path, patience_s: float = 0.0, refusal: str = "") -> Iterato
 
 
 def has_flock(folder: Path) -> bool:
-    """Returns whether the folder's file system supports flock. Raises OSError if no file can be made there."""
+    """Returns whether the folder's file system supports flock. Raises OSError if it is not writable."""
     probe = folder / f".flock-{_Owner.new().name}"
     file = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -83,63 +79,64 @@ def has_flock(folder: Path) -> bool:
             probe.unlink()
 
 
-def _acquire(file: int, path: Path, held: ExitStack) -> bool:
-    taken = _flock(file)
-    if taken is not None:
-        return taken
-    taken = _byte_lock(file)
-    kind = "locks of bytes" if taken is not None else "lock files"
-    if path.parent not in _said:
-        _said.add(path.parent)
-        _log.warning("%s: the file system does not support flock; using %s", path.parent, kind)
-    return taken if taken is not None else _announce(path, held)
+def _acquire(file: int, path: Path, lock: ExitStack) -> bool:
+    """Tries to take the lock, by the best means that the file system has, until `lock` is closed."""
+    acquired = _flock(file)
+    if acquired is not None:
+        return acquired
+    acquired = _byte_lock(file)
+    if path.parent not in _warned_folders:
+        _warned_folders.add(path.parent)
+        means = "lock files" if acquired is None else "locks of bytes"
+        _log.warning("%s: the file system does not support flock; using %s", path.parent, means)
+    return _announce(path, lock) if acquired is None else acquired
 
 
 def _flock(file: int) -> bool | None:
-    """Returns whether the lock was taken, None if the file system does not have such locks."""
+    """Returns whether the lock was taken, or None if the file system does not support flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return _refusal(error)
+        return _refused(error)
     return True
 
 
 def _byte_lock(file: int) -> bool | None:
-    """The same with a POSIX lock that belongs to the open file, like flock's, and not to the process."""
+    """Does the same with a POSIX lock that, like flock's, belongs to the open file, not the process."""
     request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
     except OSError as error:
-        return _refusal(error)
+        return _refused(error)
     return True
 
 
-def _refusal(error: OSError) -> bool | None:
+def _refused(error: OSError) -> bool | None:
     if isinstance(error, BlockingIOError):
         return False
-    if error.errno in _WITHOUT_LOCKS:
+    if error.errno in _UNSUPPORTED:
         return None
     raise error
 
 
 class _Owner(NamedTuple):
-    """A holder, as its file's name says it."""
+    """A process that holds or wants a lock, as the name of its file identifies it."""
 
     host: str
     boot: str
     pids: str
-    """The namespace of process numbers, which a container has of its own."""
+    """The namespace of process ids; each container has its own."""
     pid: int
     began: str
     number: int
-    """Which of its process's locks."""
+    """Distinguishes the locks of one process."""
 
     @classmethod
     def new(cls) -> "_Owner":
         global _counter
         with _counter_lock:
             _counter += 1
-        return cls(*_here(), os.getpid(), _began(os.getpid()) or "0", _counter)
+        return cls(*_this_host(), os.getpid(), _start_time(os.getpid()) or "0", _counter)
 
     @classmethod
     def read(cls, name: str) -> "_Owner | None":
@@ -153,23 +150,23 @@ class _Owner(NamedTuple):
     def name(self) -> str:
         return ",".join(map(str, self))
 
-    def gone(self) -> bool | None:
-        """Returns None if that cannot be known here: on another host, or in another container."""
-        host, boot, pids = _here()
+    def has_ended(self) -> bool | None:
+        """Returns None if that cannot be seen from here: on another host, or in another container."""
+        host, boot, pids = _this_host()
         if self.host == host and self.boot != boot:
-            return True  # it has booted since
+            return True
         if (self.host, self.pids) != (host, pids):
             return None
-        return _began(self.pid) != self.began
+        return _start_time(self.pid) != self.began
 
 
-def _here() -> tuple[str, str, str]:
+def _this_host() -> tuple[str, str, str]:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     return socket.gethostname(), boot, str(os.stat("/proc/self/ns/pid").st_ino)
 
 
-def _began(pid: int) -> str | None:
-    """When a process of this host began, in the kernel's ticks; None if there is none that runs."""
+def _start_time(pid: int) -> str | None:
+    """Returns when a process of this host started, in the kernel's ticks; None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -177,8 +174,8 @@ def _began(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _announce(path: Path, held: ExitStack) -> bool:
-    """Returns whether this process alone has a file beside `path`, which stays there while the lock is held."""
+def _announce(path: Path, lock: ExitStack) -> bool:
+    """Returns whether only this process has a file next to `path`; it stays until `lock` is closed."""
     began = time.monotonic()
     own = path.with_name(f"{path.name}.held,{_Owner.new().name}")
     while True:
@@ -189,8 +186,8 @@ def _announce(path: Path, held: ExitStack) -> bool:
             own.unlink(missing_ok=True)
             raise
         if free:
-            held.callback(own.unlink, missing_ok=True)
-            held.enter_context(_touched(own))
+            lock.callback(own.unlink, missing_ok=True)
+            lock.enter_context(_touched(own))
             return True
         own.unlink(missing_ok=True)
         if time.monotonic() - began > _SAME_MOMENT_S:
@@ -199,31 +196,31 @@ def _announce(path: Path, held: ExitStack) -> bool:
 
 
 def _others(path: Path, own: Path) -> bool:
-    """Returns whether another process holds `path` by its file. Files of those that are gone are removed."""
-    mark = f"{path.name}.held,"
+    """Returns whether another process has a file next to `path`; removes those of ended processes."""
+    prefix = f"{path.name}.held,"
     now = own.stat().st_mtime
-    found = False
+    others = False
     for name in os.listdir(path.parent):
-        owner = _Owner.read(name.removeprefix(mark)) if name.startswith(mark) else None
+        owner = _Owner.read(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if owner is None or name == own.name:
             continue
         file = path.with_name(name)
-        gone = owner.gone()
-        if gone is None:
+        ended = owner.has_ended()
+        if ended is None:
             try:
-                gone = now - file.stat().st_mtime > _GONE_AFTER_S
+                ended = now - file.stat().st_mtime > _GONE_AFTER_S
             except FileNotFoundError:
                 continue
-        if gone:
+        if ended:
             file.unlink(missing_ok=True)
         else:
-            found = True
-    return found
+            others = True
+    return others
 
 
 @contextmanager
 def _touched(file: Path) -> Iterator[None]:
-    """Shows other hosts, which cannot see this process, that it lives."""
+    """Shows other hosts, which cannot see this process, that it is alive."""
     over = threading.Event()
 
     def touch() -> None:

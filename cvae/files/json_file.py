@@ -1,20 +1,27 @@
-"""JSON files that the commands write for each other; a damaged one is an error of one line."""
+"""JSON files that the commands write for each other."""
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from cvae.errors import UserError
+from cvae.files.paths import write_atomically
 
 T = TypeVar("T")
 
 
-def load(path: Path, kind: TypeAdapter[T]) -> T | None:
-    """Returns what the file holds, or None if there is no such file.
+def save(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, the whole file or nothing. Raises as write_atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
 
-    Raises UserError, with the file, the place in it and what is wrong there, if it cannot be read or holds
-    something else.
+
+def load(path: Path, kind: TypeAdapter[T]) -> T | None:
+    """Returns the content of the file, or None if there is no such file.
+
+    Raises UserError, with the place in the file and what is wrong there, if it cannot be read or is
+    not of the given kind.
     """
     try:
         return kind.validate_json(path.read_bytes())
@@ -27,7 +34,7 @@ def load(path: Path, kind: TypeAdapter[T]) -> T | None:
 
 
 def first_fault(error: ValidationError) -> str:
-    """Returns the place of the first thing that does not fit, and what is wrong there."""
+    """Returns the place of the first value that does not validate, and what is wrong with it."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     place = "".join(f"{key}: " for key in first["loc"])
     return f"{place[:100]}{first['msg'][:200]}"

@@ -1,7 +1,8 @@
-"""What a command may put where: an output takes the place of nothing but what the same command has made.
+"""What a command may overwrite: nothing but output that the same command has made.
 
-A folder that a command writes appears whole under its name, or grows there. It holds a marker that names the
-command and the files; a folder with that marker, and with no other file, is the only kind that is replaced.
+A folder that a command writes appears whole under its name (whole_folder) or grows there
+(growing_folder). It contains a marker that names the command and its files. Only a folder with that
+marker and without any other file is ever replaced.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cvae.errors import UserError
-from cvae.files import paths
+from cvae.files import json_file, paths
 from cvae.files.file_lock import file_lock
 
 MARKER = ".made-by.json"
@@ -29,12 +30,16 @@ _KINDS = {
     stat.S_IFDIR: "a folder",
 }
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What a file system says that cannot exchange two names in one step.
+# Errors of file systems that cannot exchange two names in one step.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def _never(folder: Path) -> bool:
+    return False
+
+
 def check_file(path: Path) -> None:
-    """Raises UserError unless an output file can be put at `path`: nothing is there, or an ordinary file."""
+    """Raises UserError unless an output file can be put at `path`: nothing or a regular file is there."""
     mode = _mode(path)
     if mode is not None and not stat.S_ISREG(mode):
         raise UserError(f"{path} is {_kind(mode)}, which an output does not replace; name a file")
@@ -42,21 +47,20 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}")
 
 
-def check_folder(
-    folder: Path, made_by: str, older: Callable[[Path], bool] = lambda folder: False
-) -> Path:
-    """Returns the absolute path of `folder`, where the command `made_by` may put its output.
+def check_folder(folder: Path, made_by: str, older: Callable[[Path], bool] = _never) -> Path:
+    """Returns the absolute path of a folder in which the command `made_by` may put its output.
 
-    older: recognises what a version of the command made that left no marker. Raises UserError unless nothing is
-    there, or an empty folder, or a folder that the command made and that holds nothing else.
+    older: returns whether a folder was made by a version of the command that left no marker. Raises
+    UserError unless nothing is there, or an empty folder, or one that contains only what the command
+    made.
     """
     mode = _mode(folder)
     if mode is not None and not stat.S_ISDIR(mode):
         raise UserError(f"{folder} is {_kind(mode)}, which is not replaced; name a new folder")
     path = folder.resolve()
-    for place, what in _protected():
+    for place, description in _protected():
         if place == path or path in place.parents:
-            raise UserError(f"{folder} is {what}, or holds it; name a new folder")
+            raise UserError(f"{folder} is {description}, or holds it; name a new folder")
     if os.path.ismount(path):
         raise UserError(f"{folder} is a mount point; name a new folder in it")
     ancestor = next(parent for parent in path.parents if os.path.lexists(parent))
@@ -65,14 +69,9 @@ def check_folder(
     if not path.exists() or older(path):
         return path
     if not os.listdir(path):
-        inside = [
-            p
-            for p in path.parents
-            for f in ("experiment.yaml", "manifest.json")
-            if (p / f).exists()
-        ]
-        if inside:
-            raise UserError(f"{folder} is part of {inside[0]}; name a folder elsewhere")
+        for parent in path.parents:
+            if any((parent / name).exists() for name in ("experiment.yaml", "manifest.json")):
+                raise UserError(f"{folder} is part of {parent}; name a folder elsewhere")
         return path
     files = _files_made(path, made_by)
     if files is None:
@@ -88,21 +87,35 @@ def check_folder(
 
 @contextmanager
 def whole_folder(
-    folder: Path, made_by: str, older: Callable[[Path], bool] = lambda folder: False
+    folder: Path, made_by: str, older: Callable[[Path], bool] = _never
 ) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place when the context ends well, and is gone otherwise.
+    """Yields an empty folder that takes the place of `folder` when the context ends without an error.
 
-    What is at `folder` is replaced in one step if check_folder permits it, now and at the end. Raises UserError
-    as check_folder, or if another process is writing there, and OSError (disk full, no permission).
+    Otherwise it is removed. What is at `folder` is replaced in one step, if check_folder permits that
+    both now and at the end. Raises UserError as check_folder does or if another process is writing
+    there, and OSError (disk full, no permission).
     """
+
+    def is_own(path: Path) -> bool:
+        if path.is_symlink() or not path.is_dir():
+            return False
+        return _marker(path).get("made_by") == made_by or older(path)
+
     path = check_folder(folder, made_by, older)
     nascent, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _restore(path, old, made_by, older)
+    if not os.path.lexists(path) and is_own(old):
+        os.rename(old, path)  # a process was killed between the two renames of _replace
     with suppress(FileExistsError):
         nascent.mkdir()
     with file_lock(nascent, refusal=_in_use(folder)):
-        _clear(nascent, made_by, older)
+        if os.listdir(nascent) and not is_own(nascent):
+            raise UserError(f"{nascent} is in the way, and was not left by {made_by}; remove it")
+        for leftover in nascent.iterdir():
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         try:
             (nascent / MARKER).write_text(json.dumps({"made_by": made_by, "files": None}))
             yield nascent
@@ -110,22 +123,21 @@ def whole_folder(
             for file in nascent.rglob("*"):
                 paths.fsync(file)
             check_folder(folder, made_by, older)
-            _put(nascent, path, old)
+            _replace(path, nascent, old)
             paths.fsync(path.parent)
         finally:
-            for leftover in (nascent, old):
-                if _is_own(leftover, made_by, older):
-                    shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in filter(is_own, (nascent, old)):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
 def growing_folder(
-    folder: Path, made_by: str, older: Callable[[Path], bool] = lambda folder: False
+    folder: Path, made_by: str, older: Callable[[Path], bool] = _never
 ) -> Iterator[Path]:
-    """The same folder under its own name at once, for results that have to be there while work goes on.
+    """Yields `folder` under its own name at once, for results that are needed while work goes on.
 
-    Everything that is there when the context ends, well or badly, counts as made by the command. What an
-    earlier one left stays until it is written over or removed. Raises as whole_folder.
+    Everything in it when the context ends, with or without an error, counts as made by the command.
+    Files of an earlier call stay until they are overwritten. Raises as whole_folder.
     """
     path = check_folder(folder, made_by, older)
     path.mkdir(parents=True, exist_ok=True)
@@ -142,8 +154,8 @@ def _in_use(folder: Path) -> str:
     return f"{folder} is being written by another process just now"
 
 
-def _put(nascent: Path, path: Path, old: Path) -> None:
-    """Gives the new folder its name. What was there is at `nascent` or `old` afterwards."""
+def _replace(path: Path, nascent: Path, old: Path) -> None:
+    """Renames `nascent` to `path`; what was there is at `nascent` or `old` afterwards."""
     try:
         os.rename(nascent, path)  # onto nothing, or onto an empty folder
         return
@@ -155,7 +167,6 @@ def _put(nascent: Path, path: Path, old: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
-        # Killed between the two renames, the old folder gets its name back by _restore.
         os.rename(path, old)
         try:
             os.rename(nascent, path)
@@ -165,7 +176,7 @@ def _put(nascent: Path, path: Path, old: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Exchanges two names in one step. Raises OSError, with one of _NO_EXCHANGE if that cannot be had."""
+    """Exchanges two names in one step. Raises OSError, one of _NO_EXCHANGE if that is not supported."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -175,31 +186,8 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(other))
 
 
-def _restore(path: Path, old: Path, made_by: str, older: Callable[[Path], bool]) -> None:
-    """Undoes the first of two renames if the process was killed before the second."""
-    if not os.path.lexists(path) and _is_own(old, made_by, older):
-        os.rename(old, path)
-
-
-def _clear(nascent: Path, made_by: str, older: Callable[[Path], bool]) -> None:
-    """Empties what a process left that was killed. Raises UserError if it is somebody else's."""
-    if os.listdir(nascent) and not _is_own(nascent, made_by, older):
-        raise UserError(f"{nascent} is in the way, and was not left by {made_by}; remove it")
-    for entry in nascent.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _is_own(folder: Path, made_by: str, older: Callable[[Path], bool]) -> bool:
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return _marker(folder).get("made_by") == made_by or older(folder)
-
-
 def _files_made(folder: Path, made_by: str) -> set[str] | None:
-    """The files that the command says it has made there; None if it does not say so."""
+    """Returns the files that the folder's marker lists for this command; None if it lists none."""
     marker = _marker(folder)
     files = marker.get("files")
     if marker.get("made_by") != made_by or not isinstance(files, list):
@@ -208,9 +196,7 @@ def _files_made(folder: Path, made_by: str) -> set[str] | None:
 
 
 def _mark(folder: Path, made_by: str) -> None:
-    """Writes down that the command has made all that is in the folder."""
-    marker = {"made_by": made_by, "files": sorted(_files(folder))}
-    paths.write_atomically(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    json_file.save(folder / MARKER, {"made_by": made_by, "files": sorted(_files(folder))})
 
 
 def _marker(folder: Path) -> dict[str, object]:
@@ -222,7 +208,7 @@ def _marker(folder: Path) -> dict[str, object]:
 
 
 def _files(folder: Path) -> set[str]:
-    """Everything below a folder but the folders, and what NFS keeps of files that somebody still reads."""
+    """Returns every file below a folder, except those that NFS keeps while a process reads them."""
     return {
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
@@ -231,7 +217,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _protected() -> list[tuple[Path, str]]:
-    """Folders that no output takes the place of, nor of those that they are in."""
+    """Returns folders that no output replaces, directly or as part of a parent, with descriptions."""
     places = {
         os.path.expanduser("~"): "your home folder",
         str(paths.PROJECT_ROOT): "the project's own folder",
@@ -241,11 +227,11 @@ def _protected() -> list[tuple[Path, str]]:
     }
     with suppress(OSError):  # it may have been deleted
         places[os.getcwd()] = "the current folder"
-    return [(Path(place).resolve(), what) for place, what in places.items()]
+    return [(Path(place).resolve(), description) for place, description in places.items()]
 
 
 def _mode(path: Path) -> int | None:
-    """The mode of what is there; None for nothing. Raises UserError for what cannot be looked at."""
+    """Returns the mode of a path, None if it does not exist. Raises UserError if it cannot be used."""
     try:
         path.resolve()
         return os.lstat(path).st_mode

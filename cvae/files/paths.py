@@ -1,4 +1,4 @@
-"""Where things live: everything a person makes is under one home folder."""
+"""Where files are stored, all below one home folder, and how a file is written whole."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def home() -> Path:
-    """The folder that holds data/, runs/ and MLflow's store: $CVAE_HOME, else the project's root."""
+    """Returns the folder of data/, runs/, sweeps/ and MLflow's store: $CVAE_HOME or the project's root."""
     return Path(os.path.realpath(os.environ.get("CVAE_HOME") or PROJECT_ROOT))
 
 
@@ -28,29 +28,29 @@ def sweeps_dir() -> Path:
 
 
 def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, else an SQLite file in home(), where a bare `mlflow ui` finds it too.
+    """Returns $MLFLOW_TRACKING_URI, or else the URI of an SQLite file in home().
 
     Raises UserError if no URI can name that file.
     """
-    if set_by_hand := os.environ.get("MLFLOW_TRACKING_URI"):
-        return set_by_hand
+    if configured := os.environ.get("MLFLOW_TRACKING_URI"):
+        return configured
     if "?" in str(home()):
-        # What follows is the URI's query: the store would be another file, in another folder.
+        # A URI's query begins there: the store would be another file, in another folder.
         raise UserError(f"{home()}: MLflow cannot keep its store in a folder with '?' in its name")
     return f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def printable(name: str) -> str:
-    """Returns a file's name as text that can be written anywhere: other bytes than UTF-8 and controls as \\xff."""
+    """Returns a file's name with control characters, and bytes that are not UTF-8, as \\xff."""
     text = os.fsencode(name).decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes the whole file or leaves what was there: temporary name, fsync, rename.
+    """Writes a whole file, or leaves the old one: temporary file, fsync, rename.
 
-    Raises OSError (disk full, no permission); the temporary file is gone by then. Raises UserError if a device,
-    a named pipe or a socket is there, which a rename would remove.
+    Raises OSError (disk full, no permission), after which no temporary file is left. Raises UserError
+    if `path` is a device, a named pipe or a socket, which a rename would remove.
     """
     if _is_special(path):
         raise UserError(f"{path} is a special file, which is not replaced")
@@ -73,7 +73,7 @@ def share(file: str | Path) -> None:
 
     Python's tempfile and safetensors make files private, but colleagues read each other's runs.
     """
-    # The umask can only be read by setting it; a file that another thread makes meanwhile is private, not open.
+    # The umask can only be read by setting it; files that other threads create meanwhile are private.
     umask = os.umask(0o077)
     os.umask(umask)
     os.chmod(file, 0o666 & ~umask)
@@ -83,7 +83,7 @@ def _is_special(path: Path) -> bool:
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return False  # what is wrong, writing will find
+        return False  # writing reports what is wrong
     return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
 
 

@@ -57,7 +57,7 @@ def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(fcntl, "flock", refuse)
     if request.param == "files":
         monkeypatch.setattr(fcntl, "fcntl", refuse)
-    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(module, "_warned_folders", set())
     monkeypatch.setattr(module, "_SAME_MOMENT_S", 0.05)
     return str(request.param)
 
