@@ -9,12 +9,12 @@ import pandas as pd
 from analysis.html_page import shown
 from analysis.intervals import changed_keys
 from analysis.tables import METRICS
+from cvae.metrics import OBJECTIVE, reported_as
 
-METRIC = "val/loss"
+METRIC = OBJECTIVE
 """What runs are ranked by: recon_loss + beta·kl of the validation split at the best epoch, nats per image."""
 # Runs that differ in these have losses of different meaning.
 MEANING = ("model.likelihood", "model.beta", "data.name", "data.image_size", "data.val")
-_OF_THE_ELBO = ("loss", "recon_loss", "kl", "bits_per_dim", "text_gain", "text_gain_se")
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Material:
         found = [str(name) for name in self.runs if str(name).startswith(METRICS)]
         nan = {name for told in self.nan_metrics.values() for name in told}
         there = [name for name in found if name in nan or self.runs[name].notna().any()]
-        first = [f"val/{part}" for part in _OF_THE_ELBO if f"val/{part}" in there]
+        of_training = [f"val/{metric.name}" for metric in reported_as("val")]
+        first = [name for name in of_training if name in there]
         twice = {f"eval/{name.partition('/')[2]}" for name in first}
         return first + [name for name in there if name not in twice and name not in first]
 

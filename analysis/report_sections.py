@@ -25,26 +25,12 @@ from analysis.intervals import summary as mean_and_se
 from analysis.report_data import MEANING, METRIC, Material
 from analysis.report_images import Picture
 from cvae.evaluation.metric_groups import likelihood_note
+from cvae.metrics import better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MADE_BY = "Made by analysis/report.py of cvae-workflow."
-# Which end is good. A metric that is not here has none: KL alone is neither good nor bad.
-_BETTER: "dict[str, Direction]" = {
-    "loss": "min",
-    "recon_loss": "min",
-    "neg_elbo": "min",
-    "bits_per_dim": "min",
-    "text_gain": "max",
-    "iwae": "min",
-    "psnr": "max",
-    "ssim": "max",
-    "frechet": "min",
-    "fid": "min",
-    "sample_accuracy": "max",
-    "caption_match": "max",
-}
 _MOST_CHANGED_VALUES = 8
 _ABLATION = [
     # What matters comes first: a phone shows three columns.
@@ -359,13 +345,9 @@ def _is_of_the_loss(metric: str) -> bool:
 
 
 def _end(metric: str) -> "Direction | None":
-    """min or max; None for a metric that is neither good nor bad, and for the chance beside another."""
-    name = metric.partition("/")[2]
-    if name.endswith(("_se", "_chance")):
-        return None
-    exact = _BETTER.get(name)
-    starts = (end for known, end in _BETTER.items() if name.startswith((f"{known}_", known + "s")))
-    return exact or next(starts, None)
+    """Returns which end of a metric is best; None if neither is."""
+    ends: dict[str | None, Direction] = {"lower": "min", "higher": "max"}
+    return ends.get(better(metric))
 
 
 def _with_interval(frame: pd.DataFrame, effect: str) -> pd.DataFrame:

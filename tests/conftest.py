@@ -30,6 +30,7 @@ _INTEGRATION = (
     "tests/cvae/evaluation/test_evaluate_run.py",
     "tests/cvae/preparation/test_coco_parts.py",
     "tests/workflows/jobs/test_prepare_job.py",
+    "tests/cvae/test_metrics.py",
     "tests/test_fuzz.py",
 )
 

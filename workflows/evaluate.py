@@ -20,14 +20,13 @@ from cvae.command_line import Parser, positive
 from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.evaluation.metric_groups import (
-    METRIC_GROUPS,
-    UNITS,
     EvaluationRequest,
     fitting_groups,
     likelihood_note,
     metric_prefix,
 )
 from cvae.files.checksums import sha256_of_file
+from cvae.metrics import METRIC_GROUPS, unit
 from cvae.progress import progress_bar
 from cvae.run import journal
 from cvae.run.code_snapshot import Snapshot
@@ -184,7 +183,7 @@ def _results(runs: list[RunDirectory], requests: list[EvaluationRequest]) -> str
         found.append(metrics)
     names = list(dict.fromkeys(name for metrics in found for name in metrics))
     rows = [
-        [name, *(_value(metrics, name) for metrics in found), _unit(name)]
+        [name, *(_value(metrics, name) for metrics in found), unit(name)]
         for name in names
         if not name.endswith("_se")
     ]
@@ -198,13 +197,6 @@ def _value(metrics: dict[str, float], name: str) -> str:
         return "–"
     text = f"{value:.5g}" if math.isfinite(value) else str(value)
     return text if error is None else f"{text} ± {error:.2g}"
-
-
-def _unit(name: str) -> str:
-    short = name.partition("/")[2]
-    if short.endswith("bits_per_dim"):
-        return "bits per dimension"
-    return UNITS.get("iwae" if short.startswith("iwae") else short, "")
 
 
 if __name__ == "__main__":

@@ -5,27 +5,7 @@ from dataclasses import dataclass
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError, did_you_mean
-
-METRIC_GROUPS = {
-    "elbo": "−ELBO and its parts, text gain",
-    "iwae": "the importance-weighted bound on −log p(x|c)",
-    "active_units": "latent dimensions in use",
-    "reconstruction": "PSNR and SSIM; pictures of the worst and best",
-    "frechet": "Fréchet distances in random features, of reconstructions and of samples",
-    "fid": "the same in Inception's features; needs --inception FILE",
-    "classifier": "whether samples show the class they were drawn for",
-    "probe": "how well a linear classifier reads the class from μ",
-    "captions": "whether drawings find their own caption's scene",
-}
-UNITS = {
-    "loss": "nats per image",
-    "recon_loss": "nats per image",
-    "kl": "nats per image",
-    "neg_elbo": "nats per image",
-    "iwae": "nats per image",
-    "text_gain": "nats per image",
-    "psnr": "dB",
-}
+from cvae.metrics import METRIC_GROUPS
 
 _LOSS_NOTE = (
     "loss = recon_loss + beta·kl and neg_elbo = recon_loss + kl leave constants of the likelihood out;"

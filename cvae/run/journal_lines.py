@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from cvae.metrics import OBJECTIVE
+
 Line = dict[str, Any]
 
 
@@ -97,8 +99,8 @@ _METRICS: _Field = (
     "numbers by name",
 )
 _VALIDATION: _Field = (
-    lambda value: _METRICS[0](value) and "val/loss" in value,
-    "numbers by name, val/loss among them",
+    lambda value: _METRICS[0](value) and OBJECTIVE in value,
+    f"numbers by name, {OBJECTIVE} among them",
 )
 _PATH: _Field = (_is_path, "the name of a file in the run's folder")
 _HOST_NAMES: _Field = (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cvae.config.experiment import Experiment
+from cvae.metrics import find
 from cvae.models.cvae import Cvae
 from cvae.sampling.export_format import SAMPLES, DataFacts, ExportedModel, SplitFacts
 
@@ -19,17 +20,6 @@ _SOURCES = {
     " MIT licence.",
     "scenes": "Scenes of coloured shapes with captions, drawn by this project's `prepare.py scenes`; no"
     " photographs, no people.",
-}
-_METRICS = {
-    "val/loss": "loss: reconstruction loss + β·KL (nats per image)",
-    "val/recon_loss": "reconstruction loss (nats per image)",
-    "val/kl": "KL(q ‖ p) (nats per image)",
-    "val/bits_per_dim": "bits per dimension",
-    "val/text_gain": "text gain: ELBO with the own caption minus with another's (nats per image)",
-    "caption_match": "captions whose drawing is nearest to their own scene among up to 32",
-    "chance": "the same by chance",
-    "sample_accuracy": "samples that a classifier takes for their class",
-    "classifier_real_accuracy": "real images that this classifier gets right",
 }
 _LIKELIHOODS = {
     "bernoulli": "Bernoulli (binary cross-entropy, summed)",
@@ -76,7 +66,7 @@ def _front_matter(exported: ExportedModel, experiment: Experiment) -> str:
             dataset_name=f"{exported.data.dataset} at {experiment.data.image_size} pixels",
             dataset_split=exported.data.val.name,
             metric_type=key.removeprefix("val/"),
-            metric_name=_METRICS.get(key, key),
+            metric_name=_described(key),
             metric_value=value,
         )
         for key, value in exported.metrics.items()
@@ -203,7 +193,7 @@ def _metrics(exported: ExportedModel) -> str:
     errors = {key: value for key, value in exported.metrics.items() if key.endswith("_se")}
     rows = [
         (
-            _METRICS.get(key, f"`{key}`"),
+            _described(key),
             f"{value:.4g}" + (f" ± {errors[key + '_se']:.2g}" if key + "_se" in errors else ""),
         )
         for key, value in exported.metrics.items()
@@ -215,6 +205,11 @@ def _metrics(exported: ExportedModel) -> str:
         + ("; ± is one standard error" if errors else "")
         + f":\n\n{_table(('metric', 'value'), rows)}"
     )
+
+
+def _described(metric: str) -> str:
+    entry = find(metric)
+    return metric if entry is None else entry.description()
 
 
 def _training(experiment: Experiment) -> str:

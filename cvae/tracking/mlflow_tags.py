@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cvae.errors import UserError
+from cvae.metrics import reported_as
 from cvae.run.directory import RunDirectory
 
 NOTE = "mlflow.note.content"
@@ -33,6 +34,9 @@ def of_start(run_dir: Path, record: dict[str, Any], there: Mapping[str, str]) ->
                 ],
                 "Look at it, and draw with it": f"python workflows/generate.py {run_dir.name}",
             }
+        )
+        tags[NOTE] += "\n\nMetrics:\n\n" + "\n".join(
+            f"- `val/{metric.name}`: {metric.description()}" for metric in reported_as("val")
         )
     return tags
 

@@ -13,10 +13,14 @@ from cvae.config import yaml_model
 from cvae.config.experiment import Experiment, Name, Positive, load_experiment
 from cvae.config.yaml_model import FromList, Strict
 from cvae.errors import UserError, cut, did_you_mean
+from cvae.metrics import OBJECTIVE, reported_as
 
 Range = Annotated[tuple[int | float, int | float] | None, FromList]
 # Others would change the weights' shapes, or the batches, under a trial that is half trained.
 MUTABLE = ("optimizer.lr", "optimizer.weight_decay", "model.beta", "model.free_bits")
+METRICS = tuple(
+    f"val/{metric.name}" for metric in reported_as("val") if not metric.name.endswith("_se")
+)
 _MOST_CHECKED = 5_000
 # Each is a run of its own, which a driver starts, watches and writes down.
 _MOST_TRIALS = 10_000
@@ -93,8 +97,8 @@ class Sweep(Strict):
     )
     values: dict[str, Any] = Field({}, description="keys of the experiment that are set for all")
     space: dict[str, Space] = Field(min_length=1, description="keys that differ between trials")
-    metric: Literal["val/loss", "val/recon_loss", "val/kl", "val/bits_per_dim", "val/text_gain"] = (
-        Field("val/loss", description="of the evaluations")
+    metric: Literal[METRICS] = Field(  # type: ignore[valid-type]
+        OBJECTIVE, description="of the evaluations"
     )
     mode: Literal["min", "max"] = "min"
     search: Search = Search()

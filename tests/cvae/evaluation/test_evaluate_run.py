@@ -16,8 +16,9 @@ from cvae.evaluation.caption_match import caption_match
 from cvae.evaluation.evaluate_run import _GROUPS, evaluate_runs
 from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.latents import active_units
-from cvae.evaluation.metric_groups import METRIC_GROUPS, EvaluationRequest, fitting_groups
+from cvae.evaluation.metric_groups import EvaluationRequest, fitting_groups
 from cvae.files.checksums import sha256_of_file
+from cvae.metrics import METRIC_GROUPS
 from cvae.run.directory import RunDirectory
 from cvae.sampling import sampler
 from cvae.sampling.sampler import load_run

@@ -121,6 +121,7 @@ def test_what_mlflow_shows_of_a_run(two_at_once: tuple[Run, Run]) -> None:
     assert tags["command"] == f"python {COMMAND}"
     # One indented line: nothing in a command can leave its block.
     assert "\n\n    python workflows/launch.py '``` # <b>x</b>' --gpus 2\n\n" in tags[NOTE]
+    assert "- `val/bits_per_dim`: −ELBO, constants included (bits per dimension)" in tags[NOTE]
     loss = client.get_metric_history(run.run_id, "train/loss")
     assert [point.timestamp for point in loss][:2] == [round(x["time"] * 1000) for x in lines[1:3]]
     assert math.isnan(loss[-1].value)
