@@ -1,322 +1,287 @@
-"""The tries of a job: when, on which nodes, why each ended, and whether another follows.
+"""The attempts of a job: when and where each ran, how it ended, and whether another one follows.
 
-A file beside the logs, written by what looks after the job on its first node (slurm/supervisor.py) or on this
-machine (slurm/local_jobs.py), and read by whoever tells the story.
+The job's supervisor (slurm/supervisor.py on SLURM, slurm/local_jobs.py on this machine) writes them to
+<job>_tries.json next to the logs; commands such as `runs.py show` read that file.
 """
 
 import json
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
 from cvae.files.paths import write_atomically
-from slurm import job_files
-from slurm.failure_diagnosis import first_failure, slurms_word
-from slurm.job_files import TRY_MARK
 
-Cause = Literal[
-    "finished",
-    "failed",  # said the function itself, as of a loss that is not finite
-    "bad input",
-    "cancelled",
-    "signal",  # a SIGTERM that neither SLURM nor `runs.py cancel` has sent
-    "time limit",
-    "preempted",
-    "crash",
-    "node",
-    "slurm",
-    "not begun",  # on nodes that are known to be bad
-]
-# What may be the fault of the job itself, and go on for ever.
-_COUNTED: tuple[Cause, ...] = ("crash", "time limit")
-# What others did to the job, in a queue that may never tire of it.
-_OF_OTHERS: tuple[Cause, ...] = ("node", "slurm")
-_MOST_OF_OTHERS = 10
-# A requeued job waits for its old credential to expire, by default 120 s; less is no pause.
+ATTEMPT_MARK = "=== try "
+"""Begins the lines of a log that say where an attempt begins ("=== try 2 on n1, n2") and how it ended."""
+
+
+class Cause(str, Enum):
+    """Why an attempt ended; the values are those of the file."""
+
+    FINISHED = "finished"
+    FAILED = "failed"  # as the function's own result says, e.g. because a loss is not finite
+    BAD_INPUT = "bad input"
+    CANCELLED = "cancelled"
+    SIGNAL = "signal"  # a SIGTERM that neither SLURM nor `runs.py cancel` has sent
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    CRASH = "crash"
+    NODE = "node"
+    SLURM = "slurm"
+    SETUP = "setup"  # a line of setup in the cluster file failed, before any rank began
+    NOT_BEGUN = "not begun"  # on nodes that are known to be bad
+
+
+# What may be the fault of the job itself, and what others do to it: without progress neither is repeated for ever.
+OWN_FAULTS = (Cause.CRASH, Cause.TIME_LIMIT)
+FAULTS_OF_OTHERS = (Cause.NODE, Cause.SLURM)
+_MOST_FAULTS_OF_OTHERS = 10
+# A requeued job waits until its old credential has expired, by default 120 s; a shorter pause has no effect.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 150.0, 3600.0
 _MOST_NOT_BEGUN = 3
-_BAD_NODE = ("crash", "node")
 _FAILURES_OF_A_BAD_NODE = 2
-KILLED_AT_LIMIT = "killed at the time limit, before it could save"
-# sacct's words for a try that SLURM itself put back into the queue.
-_OF_SLURM: dict[str, tuple[Cause, str]] = {
-    "PREEMPTED": ("preempted", "preempted by SLURM"),
-    "NODE_FAIL": ("node", "a node failed"),
-    "REQUEUED": ("slurm", "requeued in SLURM"),
-    "TIMEOUT": ("time limit", KILLED_AT_LIMIT),
-    "OUT_OF_MEMORY": ("crash", "out of memory: killed by SLURM"),
-    "CANCELLED": ("cancelled", "cancelled in SLURM"),
-}
-
-
-class Care(NamedTuple):
-    """What a job that restarts by itself tells of itself."""
-
-    progress: str
-    """A glob; the last name in order changes whenever the job has got further (its newest checkpoint)."""
-    after: str = ""
-    """module:function, called as function(argument, how it ended, whether another try follows) at a bad end."""
-    argument: str = ""
+_SIGNALS = {number.name: f"{signal.strsignal(number)} ({number.name})" for number in signal.Signals}
 
 
 @dataclass(frozen=True)
-class Try:
+class AttemptEnd:
+    """How an attempt ended and whether another follows; `reason` and `outlook` put that into words."""
+
+    cause: Cause
+    node: str = ""
+    """The node that failed first; "" if unknown."""
+    rank: int | None = None
+    """The rank that failed first."""
+    signals: tuple[str, ...] = ()
+    """What killed that rank or made all ranks save, e.g. ("SIGKILL",)."""
+    exit_status: int | None = None
+    """Of that rank or, if no rank is known, of srun."""
+    out_of_memory: bool = False
+    saved: bool = False
+    """Whether the ranks saved their state because of the signals."""
+    message: str = ""
+    """The exception of that rank, the reason that the function gave, or the complaint about setup."""
+    slurm_state: str = ""
+    """The job's state in sacct if SLURM ended the attempt and nobody on its nodes recorded that."""
+    without_progress: int = 0
+    """If the job is given up for want of progress: the attempts in a row that brought no new checkpoint."""
+    restarts: bool = False
+    requeue: Literal["", "asked", "accepted", "refused"] = ""
+    """The state of the request to SLURM to requeue the job; "asked" if nobody lived to hear the answer."""
+    refusal: str = ""
+    """SLURM's answer if it refused."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that the next attempt must not use."""
+    text: str = ""
+    """The reason as a sentence, in files that were written before the fields existed."""
+
+    @property
+    def reason(self) -> str:
+        """Returns the cause as a sentence."""
+        if self.text:
+            return self.text
+        news = f"; {self.without_progress} attempts in a row brought no new checkpoint"
+        return self._cause_in_words() + (news if self.without_progress else "")
+
+    @property
+    def outlook(self) -> str:
+        """Returns what follows the attempt, as part of a sentence."""
+        if self.requeue == "refused":
+            return f"it should have restarted, but {self.refusal}; resume it by hand"
+        if not self.restarts:
+            return "it does not restart"
+        without = f" without {', '.join(self.excluded)}" if self.excluded else ""
+        return f"{'SLURM is asked to requeue it' if self.requeue else 'it restarts'}{without}"
+
+    def _cause_in_words(self) -> str:
+        in_slurm = " in SLURM" if self.slurm_state else ""
+        unsaved = "before it could save"
+        match self.cause:
+            case Cause.CANCELLED | Cause.PREEMPTED:
+                return f"{self.cause.value}{in_slurm}: {self.message or unsaved}"
+            case Cause.TIME_LIMIT:
+                return f"time limit: {self.message or f'killed {unsaved}'}"
+            case Cause.NODE:
+                return f"node {self.node} failed"
+            case Cause.SLURM:
+                return f"ended by SLURM ({self.slurm_state or 'it gives no reason'})"
+            case Cause.SETUP:
+                return f"setup in the cluster file: {self.message}"
+            case Cause.NOT_BEGUN:
+                return f"not begun: {', '.join(self.excluded)} failed twice"
+            case Cause.CRASH | Cause.BAD_INPUT:
+                return self._failure_in_words()
+        return self.message or self.cause.value
+
+    def _failure_in_words(self) -> str:
+        killed = ", ".join(_SIGNALS.get(name, name) for name in self.signals)
+        if self.rank is None and self.exit_status is not None:
+            return f"ended with status {self.exit_status}" + (f": {killed}" if killed else "")
+        how = self.message or killed or f"exited with status {self.exit_status}"
+        if self.out_of_memory:
+            how = "out of memory: killed (SIGKILL)"
+        elif self.signals == ("SIGKILL",):
+            how = "killed (SIGKILL), perhaps because memory ran out"
+        where = f" on {self.node}" if self.node else ""
+        return how if self.rank is None else f"rank {self.rank}{where}: {how}"
+
+
+def _with_end(raw: Any) -> Any:
+    """Accepts an attempt from a file that has the end's few fields among those of the attempt."""
+    if not isinstance(raw, dict) or "cause" not in raw:
+        return raw
+    end = {**raw, "text": raw.get("why", "")} if raw["cause"] else None
+    return {**raw, "end": end}
+
+
+@dataclass(frozen=True)
+class Attempt:
     number: int
     began: float
     """Unix seconds, as `ended`."""
     nodes: list[str]
     ended: float | None = None
-    """None while it runs, and where nothing was left to write it down."""
-    cause: Cause | None = None
-    why: str = ""
-    node: str = ""
-    """Where it went wrong first; "" where that is not known."""
+    end: AttemptEnd | None = None
+    """None while it runs, and if nobody was left to record the end."""
     progress: str = ""
-    restarts: bool = False
-    excluded: list[str] = field(default_factory=list)
-    """Nodes that the next try is kept away from."""
-    requeue: Literal["", "asked", "accepted", "refused"] = ""
-    """What has become of the request to SLURM to try it again; "asked" where nobody lived to hear the answer."""
-    refusal: str = ""
-    """SLURM's words, if it refused."""
+    """The newest checkpoint at its end."""
 
     @property
-    def follows(self) -> str:
-        """What comes after it."""
-        if self.requeue == "refused":
-            return f"it was to be tried again, but {self.refusal}; it can be resumed by hand"
-        if not self.restarts:
-            return "it is not tried again"
-        without = f" without {', '.join(self.excluded)}" if self.excluded else ""
-        return f"{'SLURM is asked to try it' if self.requeue else 'it is tried'} again{without}"
+    def cause(self) -> Cause | None:
+        return self.end.cause if self.end else None
 
     @property
-    def last_words(self) -> str:
-        return f"{TRY_MARK}{self.number} ended: {self.why or self.cause}; {self.follows}"
+    def restarts(self) -> bool:
+        return self.end is not None and self.end.restarts
 
 
-class Ending(NamedTuple):
-    cause: Cause
-    why: str
-    node: str = ""
+_ATTEMPTS = TypeAdapter(list[Annotated[Attempt, BeforeValidator(_with_end)]])
 
 
-_TRIES = TypeAdapter(list[Try])
-_RESULT = TypeAdapter(dict[str, Any])
+def log_file(folder: Path, job_id: str, rank: int) -> Path:
+    """Returns the file that a rank writes to; SLURM's own messages are in that of rank 0."""
+    return folder / f"{job_id}_{rank}_log.out"
 
 
-def read(folder: Path, job_id: str) -> list[Try]:
-    """Oldest first; empty if the job has not begun or is not looked after, or if the file is damaged."""
-    with suppress(OSError, ValueError):  # pydantic's complaint is a ValueError
-        return _TRIES.validate_json(job_files.tries_file(folder, job_id).read_bytes())
+def failure_file(folder: Path, job_id: str, rank: int) -> Path:
+    """Returns the file in which a rank reports why it fails, if it still can."""
+    return folder / f"{job_id}_{rank}_failure.json"
+
+
+def result_file(folder: Path, job_id: str) -> Path:
+    """Returns the file in which rank 0 reports the status, reason and signals of the function's result."""
+    return folder / f"{job_id}_0_result.json"
+
+
+def attempts_file(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}_tries.json"
+
+
+def _cancelled_mark(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}_cancelled"
+
+
+def read(folder: Path, job_id: str) -> list[Attempt]:
+    """Returns the attempts, oldest first; [] if there are none yet, or the file is missing or damaged."""
+    with suppress(OSError, ValueError):  # pydantic's ValidationError is a ValueError
+        return _ATTEMPTS.validate_json(attempts_file(folder, job_id).read_bytes())
     return []
 
 
-def write(folder: Path, job_id: str, tries: list[Try]) -> None:
-    text = json.dumps([asdict(one) for one in tries], indent=1)
-    write_atomically(job_files.tries_file(folder, job_id), text + "\n")
-
-
-def settle(
-    folder: Path, job_id: str, now: float, word: str, lost: Sequence[str], progress: str
-) -> list[Try]:
-    """Notes how the last try ended if SLURM has left nobody to do so. Returns all tries.
-
-    word: sacct's, for how it ended. lost: its nodes that SLURM does not hear of now. progress: as far as it
-    has come.
-    """
-    told = read(folder, job_id)
-    if told and told[-1].ended is None:
-        before = unwatched(folder, job_id, told[-1], now, word, lost)
-        told[-1] = replace(before, progress=progress)
-        write(folder, job_id, told)
-    elif told and told[-1].requeue == "asked":
-        told[-1] = replace(told[-1], requeue="accepted")
-        write(folder, job_id, told)
-    return told
-
-
-def begin(
-    folder: Path, job_id: str, nodes: list[str], now: float, word: str, progress: str
-) -> list[Try]:
-    """Notes a new try, and forgets the evidence of the one before. Returns all tries. See settle()."""
-    tries = settle(folder, job_id, now, word, [], progress)
-    for file in job_files.of_one_try(folder, job_id):
-        file.unlink(missing_ok=True)
-    tries.append(Try(len(tries) + 1, now, nodes))
-    write(folder, job_id, tries)
-    return tries
-
-
-def unwatched(
-    folder: Path, job_id: str, one: Try, when: float, word: str, lost: Sequence[str] = ()
-) -> Try:
-    """A try that SLURM ended and nobody has written about, as its traces and SLURM's word tell. See settle()."""
-    logged, node = slurms_word(folder, job_id)
-    if word not in _OF_SLURM:
-        # No accounting, or one that is out of order.
-        word = logged or ("NODE_FAIL" if lost else word)
-    cause, why = _OF_SLURM.get(word, ("slurm", f"ended by SLURM ({word or 'no word why'})"))
-    result = _result(folder, job_id)
-    if result is not None and result.get("reason"):
-        why += f"; {result['reason']}"
-    if cause == "node":
-        # Without a word from srun it was the node of srun itself.
-        node = node or (lost[0] if lost else one.nodes[0])
-        why = f"node {node} failed"
-    else:
-        node = ""
-    return replace(one, ended=when, cause=cause, why=why, node=node, restarts=True)
-
-
-def ending(
-    folder: Path, job_id: str, status: int, preempted: bool = False, timed_out: bool = False
-) -> Ending:
-    """How a try ended whose ranks are all gone; status: srun's, or the worst of the ranks'.
-
-    preempted, timed_out: whether SLURM has said so.
-    """
-    result = _result(folder, job_id) or {}
-    said, reason = result.get("status"), str(result.get("reason") or "")
-    if said == "finished" or (said is None and status == 0):
-        return Ending("finished", "finished")
-    if is_cancelled(folder, job_id):
-        return Ending("cancelled", f"cancelled: {reason or 'before it could save'}")
-    if said == "failed":
-        return Ending("failed", reason)
-    if said == "stopped" and "SIGUSR2" in reason:
-        return Ending("time limit", f"the time limit is near: {reason}")
-    if preempted:
-        return Ending("preempted", f"preempted: {reason or 'before it could save'}")
-    if said == "stopped":
-        return Ending("signal", reason)
-    if timed_out:
-        return Ending("time limit", KILLED_AT_LIMIT)
-    failure = first_failure(folder, job_id)
-    if failure is None:
-        killed = f" ({signal.strsignal(status - 128)})" if status > 128 else ""
-        return Ending("crash", f"ended with status {status}{killed}")
-    return Ending("bad input" if failure.bad_input else "crash", str(failure), failure.host)
-
-
-def decide(
-    end: Ending, progress: str, earlier: list[Try], max_restarts: int
-) -> tuple[bool, Ending]:
-    """Whether the job is to be tried again; and the ending, with the reason why not where that is news.
-
-    A bad end is followed by at most max_restarts more without progress, a preemption by any number. For what
-    SLURM has put back into its queue by itself, see goes_on().
-    """
-    if end.cause not in _COUNTED:
-        return end.cause == "preempted", end
-    fruitless = _fruitless(earlier, progress, _COUNTED)
-    if fruitless < max_restarts:
-        return True, end
-    if max_restarts == 0:
-        return False, end
-    news = f"{end.why}; {fruitless + 1} tries in a row brought no new checkpoint"
-    return False, end._replace(why=news)
-
-
-def goes_on(told: list[Try]) -> tuple[bool, float]:
-    """After a try that SLURM has ended and repeats by itself: whether to, and the pause before it, in seconds.
-
-    Lost nodes, and whatever else SLURM ends without a preemption, must not use up a cluster without progress.
-    """
-    if told[-1].cause not in _OF_OTHERS:
-        return True, 0.0
-    fruitless = _fruitless(told[:-1], told[-1].progress, _OF_OTHERS)
-    return fruitless < _MOST_OF_OTHERS, pause_s(fruitless)
-
-
-def pause_s(fruitless: int) -> float:
-    """Before the next try, after so many that brought nothing new."""
-    return min(_FIRST_PAUSE_S * 2 ** (fruitless - 1), _LONGEST_PAUSE_S) if fruitless else 0.0
-
-
-def pause_after(told: list[Try]) -> float:
-    """Seconds before the next try, after one that ended badly by itself."""
-    if told[-1].cause not in _COUNTED:
-        return 0.0
-    return pause_s(_fruitless(told[:-1], told[-1].progress, _COUNTED))
-
-
-def shuns(told: list[Try]) -> bool:
-    """Whether the job may still wait for other nodes: SLURM may not hear of those that it is to be kept from."""
-    last = told[-_MOST_NOT_BEGUN:]
-    return len(last) < _MOST_NOT_BEGUN or any(one.cause != "not begun" for one in last)
-
-
-def _fruitless(earlier: list[Try], progress: str, causes: Sequence[Cause]) -> int:
-    """Counts the last tries in a row that ended for one of the causes and got no further than `progress`."""
-    number = 0
-    for one in reversed(earlier):
-        if one.progress != progress:
-            break
-        number += one.cause in causes
-    return number
-
-
-def closed(
-    told: list[Try],
-    end: Ending,
-    care: Care,
-    restarts: bool,
-    excluded: Sequence[str] = (),
-    requeue: Literal["", "asked"] = "",
-) -> list[Try]:
-    """The tries, the last one with its end."""
-    last = replace(
-        told[-1],
-        ended=time.time(),
-        cause=end.cause,
-        why=end.why,
-        node=end.node,
-        progress=newest(care.progress),
-        restarts=restarts,
-        excluded=list(excluded),
-        requeue=requeue,
-    )
-    return [*told[:-1], last]
-
-
-def answered(told: list[Try], refusal: str) -> list[Try]:
-    """The tries, the last one with SLURM's answer to the request to try it again; refusal: "", or its words."""
-    if not refusal:
-        return [*told[:-1], replace(told[-1], requeue="accepted")]
-    last = replace(told[-1], requeue="refused", refusal=refusal, restarts=False, excluded=[])
-    return [*told[:-1], last]
-
-
-def bad_nodes(tries: list[Try]) -> list[str]:
-    """Nodes on which the job went wrong twice."""
-    failures = [one.node for one in tries if one.node and one.cause in _BAD_NODE]
-    names = dict.fromkeys(failures)
-    return [name for name in names if failures.count(name) >= _FAILURES_OF_A_BAD_NODE]
-
-
-def newest(progress: str) -> str:
-    """The last name, in order, that the glob finds."""
-    path = Path(progress)
-    return max((found.name for found in path.parent.glob(path.name)), default="")
+def write(folder: Path, job_id: str, attempts: list[Attempt]) -> None:
+    text = json.dumps([asdict(attempt) for attempt in attempts], indent=1)
+    write_atomically(attempts_file(folder, job_id), text + "\n")
 
 
 def mark_cancelled(folder: Path, job_id: str) -> None:
-    """Whatever the job's ranks do from now on, it is not tried again."""
-    job_files.cancelled_mark(folder, job_id).touch()
+    """Keeps the job from being restarted, however its ranks end."""
+    _cancelled_mark(folder, job_id).touch()
 
 
 def is_cancelled(folder: Path, job_id: str) -> bool:
-    return job_files.cancelled_mark(folder, job_id).exists()
+    return _cancelled_mark(folder, job_id).exists()
 
 
-def _result(folder: Path, job_id: str) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError):
-        return _RESULT.validate_json(job_files.result_file(folder, job_id).read_bytes())
-    return None
+def answered(attempt: Attempt, refusal: str) -> Attempt:
+    """Returns the attempt with SLURM's answer to the request to requeue it; refusal: "" if it accepted."""
+    assert attempt.end is not None
+    answer: dict[str, Any] = {"requeue": "accepted"}
+    if refusal:
+        answer = {"requeue": "refused", "refusal": refusal, "restarts": False, "excluded": ()}
+    return replace(attempt, end=replace(attempt.end, **answer))
+
+
+def decide(end: AttemptEnd, progress: str, earlier: list[Attempt], max_restarts: int) -> AttemptEnd:
+    """Returns the end with the decision whether the job restarts.
+
+    A failure is followed by at most max_restarts more without progress, a preemption by any number. For what SLURM
+    requeues by itself, see pause_after_slurm().
+    """
+    if end.cause not in OWN_FAULTS:
+        return replace(end, restarts=end.cause == Cause.PREEMPTED)
+    fruitless = _fruitless(earlier, progress, OWN_FAULTS)
+    if fruitless < max_restarts:
+        return replace(end, restarts=True)
+    return replace(end, without_progress=fruitless + 1 if max_restarts else 0)
+
+
+def fruitless_before(attempts: list[Attempt], causes: Sequence[Cause]) -> int:
+    """Counts the attempts in a row before the last that ended for one of the causes and got as far as it."""
+    return _fruitless(attempts[:-1], attempts[-1].progress, causes)
+
+
+def pause_after_slurm(attempts: list[Attempt]) -> float | None:
+    """Returns the pause in seconds after an attempt that SLURM ended and repeats by itself; None to give up.
+
+    A job that loses its nodes again and again must not use up a cluster without any progress.
+    """
+    if attempts[-1].cause not in FAULTS_OF_OTHERS:
+        return 0.0
+    fruitless = fruitless_before(attempts, FAULTS_OF_OTHERS)
+    return None if fruitless >= _MOST_FAULTS_OF_OTHERS else _pause_s(fruitless)
+
+
+def pause_after_failure(attempts: list[Attempt]) -> float:
+    """Returns the pause in seconds after an attempt that failed by itself."""
+    if attempts[-1].cause not in OWN_FAULTS:
+        return 0.0
+    return _pause_s(fruitless_before(attempts, OWN_FAULTS))
+
+
+def may_wait_for_other_nodes(attempts: list[Attempt]) -> bool:
+    """Returns False if the last attempts all refused bad nodes: SLURM may ignore which nodes a job excludes."""
+    last = attempts[-_MOST_NOT_BEGUN:]
+    return len(last) < _MOST_NOT_BEGUN or any(one.cause != Cause.NOT_BEGUN for one in last)
+
+
+def bad_nodes(attempts: list[Attempt]) -> list[str]:
+    """Returns the nodes on which the job failed twice."""
+    ends = [attempt.end for attempt in attempts if attempt.end is not None]
+    nodes = [end.node for end in ends if end.node and end.cause in (Cause.CRASH, Cause.NODE)]
+    return [node for node in dict.fromkeys(nodes) if nodes.count(node) >= _FAILURES_OF_A_BAD_NODE]
+
+
+def newest(progress: str) -> str:
+    """Returns the last name, in order, that matches the glob; "" if none does."""
+    path = Path(progress)
+    return max((match.name for match in path.parent.glob(path.name)), default="")
+
+
+def _pause_s(fruitless: int) -> float:
+    return min(_FIRST_PAUSE_S * 2 ** (fruitless - 1), _LONGEST_PAUSE_S) if fruitless else 0.0
+
+
+def _fruitless(earlier: list[Attempt], progress: str, causes: Sequence[Cause]) -> int:
+    """Counts the last attempts in a row that ended for one of the causes and got no further than `progress`."""
+    number = 0
+    for attempt in reversed(earlier):
+        if attempt.progress != progress:
+            break
+        number += attempt.cause in causes
+    return number

@@ -18,10 +18,11 @@ from submitit.slurm.slurm import _make_sbatch_string
 from cvae.errors import UserError
 from cvae.redaction import holds_password
 from slurm import local_jobs, rank_process, supervisor
-from slurm.attempts import Care
 from slurm.cluster_file import ClusterConfig, Place, Placement
 from slurm.commands import complaint
+from slurm.failure_diagnosis import SETUP_ERROR
 from slurm.job_state import Submission, this_machine
+from slurm.supervision import Supervision
 
 
 class Job(NamedTuple):
@@ -34,8 +35,8 @@ class Job(NamedTuple):
     """module:function; named, so that neither the launcher nor a pickle need import it."""
     arguments: tuple[Any, ...]
     env: Mapping[str, str]
-    care: Care | None = None
-    """None: it is not tried again by itself."""
+    supervision: Supervision | None = None
+    """None: it does not restart by itself."""
     once_per_node: bool = False
     """Called once on every node, with all that is asked for of the node, instead of once per GPU; a node that
     fails does not end the others."""
@@ -45,17 +46,21 @@ class Job(NamedTuple):
 
 # A line of setup that fails ends the job. What fails inside of a function or a sourced file is that one's own
 # affair; so is a sourced file's status, which is that of its last command.
-_CHECK_SETUP = r"""
+_CHECK_SETUP = (
+    r"""
 setup_failed() {
   if [ "$4" -gt 1 ]; then return; fi
   case "$3" in
     "source "*|". "*) eval "set -- \"\$1\" \"\$2\" $3"; if [ -r "$4" ]; then return; fi ;;
   esac
-  echo "error: setup in the cluster file: the line '$(sed -n "$2p" "$0")' failed with status $1"
+  echo "SETUP_ERRORthe line '$(sed -n "$2p" "$0")' failed with status $1"
   exit 1
 }
 trap 'setup_failed $? $LINENO "$BASH_COMMAND" ${#BASH_SOURCE[@]}' ERR
-""".strip().splitlines()
+""".strip()
+    .replace("SETUP_ERROR", SETUP_ERROR)
+    .splitlines()
+)
 # A job that began without the shell's environment (NONE) has srun withhold these variables from the ranks.
 _AFTER_SETUP = ["trap - ERR", "unset SLURM_EXPORT_ENV", "CVAE_SETUP_PATH=${PYTHONPATH-}"]
 
@@ -116,8 +121,8 @@ def _parameters(what: Job, config: ClusterConfig, placement: Placement) -> dict[
     env = {**config.slurm().environment, **_environment(what, config, placement.nodes)}
     before: list[str] = []
     after: list[str] = []
-    if what.care is not None:
-        before, after = supervisor.script_lines(what.folder, what.care, config.max_restarts)
+    if what.supervision is not None:
+        before, after = supervisor.script_lines(what.folder, what.supervision, config.max_restarts)
     secrets = _secrets(what, config)
     exports = [
         f"export {key}={shlex.quote(value)}" for key, value in env.items() if key not in secrets
@@ -203,7 +208,7 @@ def _to_this_machine(what: Job, config: ClusterConfig, placement: Placement) -> 
     executor.update_parameters(
         tasks_per_node=1 if what.once_per_node else placement.world_size,
         env=env,
-        care=what.care,
+        supervision=what.supervision,
         max_restarts=config.max_restarts,
     )
     return str(executor.submit(rank_process.run, what.target, *what.arguments).job_id)

@@ -1,128 +1,237 @@
-"""What is left of a job that ended badly: which rank was first, how it ended, and its last words."""
+"""Finds out how an attempt ended from what its ranks, srun and SLURM have left in the logs' folder."""
 
 import json
 import re
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from slurm.job_files import CONTROLLER_LOG, TRY_MARK, log_file
+from slurm.attempts import (
+    ATTEMPT_MARK,
+    Attempt,
+    AttemptEnd,
+    Cause,
+    failure_file,
+    is_cancelled,
+    log_file,
+    result_file,
+)
 
+CONTROLLER_LOG = "controller.out"
+SETUP_ERROR = "error: setup in the cluster file: "
+"""Begins the line with which a batch script ends whose setup failed."""
 _TAIL_LINES = 12
-# Ends in srun's words, and what they mean.
-_KILLED, _NO_MEMORY = "Killed", "Out Of Memory"
-_MEANING = {
-    _KILLED: "killed (SIGKILL), perhaps for want of memory",
-    _NO_MEMORY: "out of memory: killed (SIGKILL)",
-}
-# Where SLURM confines jobs by cgroups it counts what the kernel has killed there.
+_SIGNALS = {signal.strsignal(number): number.name for number in signal.Signals}
+# If SLURM confines jobs by cgroups, it counts the processes that the kernel has killed there.
 _OOM_KILL = re.compile(r"Detected \d+ oom.kill event")
-# What SLURM writes into the log of a job that it ends, and sacct's word for the same.
+# What SLURM writes into the log of a job that it ends, and the corresponding state in sacct.
 _DUE_TO = re.compile(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+ DUE TO ([A-Z ]+)")
-_SACCT = {
+_STATES = {
     "NODE FAILURE": "NODE_FAIL",
     "PREEMPTION": "PREEMPTED",
     "TIME LIMIT": "TIMEOUT",
     "JOB REQUEUE": "REQUEUED",
 }
+_CAUSES = {
+    "PREEMPTED": Cause.PREEMPTED,
+    "NODE_FAIL": Cause.NODE,
+    "REQUEUED": Cause.SLURM,
+    "TIMEOUT": Cause.TIME_LIMIT,
+    "OUT_OF_MEMORY": Cause.CRASH,
+    "CANCELLED": Cause.CANCELLED,
+}
 _LOST_NODE = re.compile(r"Node failure on ([^\s,]+)", re.IGNORECASE)
-# What the other ranks say when one has gone: a consequence, whatever their clocks say.
+# What ranks report after another one has gone: a consequence, even if their clocks put it first.
 _CONSEQUENCE = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
 
 class Failure(NamedTuple):
-    rank: int
-    host: str
-    how: str
-    """The exception, or in srun's words: "Killed", "Exited with exit code 1"."""
+    """What went wrong first in a job, with the evidence."""
+
+    end: AttemptEnd
     log: Path
     tail: list[str]
-    """The last lines of its log."""
-    bad_input: bool = False
-    """Whether it was a UserError: to try the same again is of no use."""
+    """The last lines of the log."""
+
+    @property
+    def rank(self) -> int:
+        """The rank whose log it is."""
+        return self.end.rank or 0
 
     def __str__(self) -> str:
-        host = f" on {self.host}" if self.host else ""
-        return f"rank {self.rank}{host}: {_MEANING.get(self.how, self.how)}"
+        return self.end.reason
 
 
 def first_failure(folder: Path, job_id: str) -> Failure | None:
-    """The rank that went first; None where no trace tells. folder: that of the job's logs."""
-    ends = _ends(folder, job_id)
-    reports = _reports(folder, job_id)
-    # A rank that is killed leaves no report, the ranks that miss it do. A rank that raised waits a little
-    # before it ends, so that of mere exits the reports know better which came first.
-    killed = ends and not ends[0][2].startswith("Exited")
-    bad_input = False
-    if ends and (killed or not reports):
-        host, rank, how = ends[0]
-        srun = log_file(folder, job_id, 0)
-        if how == _KILLED and srun.exists() and _OOM_KILL.search(_last_try(srun)):
-            how = _NO_MEMORY
-    elif reports:
-        host, rank, how, bad_input = reports[0]
-    else:
+    """Returns the rank that failed first, or the line of setup; None if the logs in the folder show neither."""
+    end = _setup_failure(folder, job_id) or _rank_failure(folder, job_id)
+    if end is None:
         return None
-    log = log_file(folder, job_id, rank)
-    return Failure(rank, host, how, log, tail(log, _TAIL_LINES), bad_input)
+    log = log_file(folder, job_id, end.rank or 0)
+    return Failure(end, log, tail(log, _TAIL_LINES))
 
 
-def slurms_word(folder: Path, job_id: str) -> tuple[str, str]:
-    """Returns why SLURM ended the last try, as sacct would call it, and the node it lost; from the job's log.
+def diagnose(
+    folder: Path, job_id: str, status: int, preempted: bool = False, timed_out: bool = False
+) -> AttemptEnd:
+    """Returns how an attempt ended whose ranks are all gone.
 
-    Each is "" if the log does not say.
+    status: the exit status of srun, or that of the first rank that failed. preempted, timed_out: whether SLURM has
+    reported so.
+    """
+    result = _result(folder, job_id)
+    result_status, message = result.get("status"), str(result.get("reason") or "")
+    if result_status == "finished" or (result_status is None and status == 0):
+        return AttemptEnd(Cause.FINISHED)
+    signals, saved = tuple(result.get("signals", ())), result_status == "stopped"
+    reported = {"message": message, "signals": signals, "saved": saved}
+    if is_cancelled(folder, job_id):
+        return AttemptEnd(Cause.CANCELLED, **reported)
+    if result_status == "failed":
+        return AttemptEnd(Cause.FAILED, **reported)
+    if saved and "SIGUSR2" in signals:
+        return AttemptEnd(Cause.TIME_LIMIT, **reported)
+    if preempted:
+        return AttemptEnd(Cause.PREEMPTED, **reported)
+    if saved:
+        return AttemptEnd(Cause.SIGNAL, **reported)
+    if timed_out:
+        return AttemptEnd(Cause.TIME_LIMIT)
+    failure = first_failure(folder, job_id)
+    if failure is not None:
+        return failure.end
+    killed = [number.name for number in signal.Signals if number == status - 128]
+    return AttemptEnd(Cause.CRASH, signals=tuple(killed), exit_status=status)
+
+
+def diagnose_unrecorded(
+    folder: Path, job_id: str, attempt: Attempt, slurm_state: str, lost: Sequence[str] = ()
+) -> AttemptEnd:
+    """Returns how an attempt ended that SLURM ended and requeues, with nobody left to record it.
+
+    slurm_state: the attempt's state in sacct, "" if unknown. lost: those of its nodes that SLURM cannot reach now.
+    """
+    logged_state, node = logged_end(folder, job_id)
+    if slurm_state not in _CAUSES:
+        # There is no accounting, or it is down.
+        slurm_state = logged_state or ("NODE_FAIL" if lost else slurm_state)
+    result = _result(folder, job_id)
+    end = AttemptEnd(
+        _CAUSES.get(slurm_state, Cause.SLURM),
+        out_of_memory=slurm_state == "OUT_OF_MEMORY",
+        signals=tuple(result.get("signals", ())),
+        saved=result.get("status") == "stopped",
+        message=str(result.get("reason") or ""),
+        slurm_state=slurm_state,
+        restarts=True,
+    )
+    if end.cause != Cause.NODE:
+        return end
+    # If srun names no node, it was the node that srun itself ran on.
+    return replace(end, node=node or (lost[0] if lost else attempt.nodes[0]))
+
+
+def logged_end(folder: Path, job_id: str) -> tuple[str, str]:
+    """Returns why SLURM ended the last attempt, as a state of sacct, and the node it lost; from the job's log.
+
+    Either is "" if the log does not show it.
     """
     log = log_file(folder, job_id, 0)
-    text = _last_try(log) if log.exists() else ""
-    words = [_SACCT.get(words.strip(), "") for words in _DUE_TO.findall(text)]
-    nodes = _LOST_NODE.findall(text)
-    node = nodes[-1] if nodes else ""
-    word = "NODE_FAIL" if node else next(filter(None, reversed(words)), "")
-    return word, node
+    if not log.exists():
+        return "", ""
+    text = _last_attempt(log)
+    states = [_STATES.get(words.strip(), "") for words in _DUE_TO.findall(text)]
+    if nodes := _LOST_NODE.findall(text):
+        return "NODE_FAIL", nodes[-1]
+    return next(filter(None, reversed(states)), ""), ""
 
 
 def tail(log: Path, lines: int) -> list[str]:
-    """The last lines of a file, without those that only submitit's machinery writes."""
+    """Returns the last lines of a file, without those of submitit's own; [] if it cannot be read."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
         return []
-    kept = [line for line in text.splitlines() if line.strip() and "submitit" not in line]
-    return kept[-lines:]
+    return [line for line in text.splitlines() if line.strip() and "submitit" not in line][-lines:]
 
 
-def _ends(folder: Path, job_id: str) -> list[tuple[str, int, str]]:
-    """(host, rank, how) of the ranks that ended badly, in the order in which srun or the controller saw it."""
-    found = []
-    own, srun = folder / CONTROLLER_LOG, log_file(folder, job_id, 0)
-    if own.exists():
-        pattern = rf"^job {job_id}: (?P<host>)task (?P<rank>\d+): (?P<how>.+)$"
-        found += re.findall(pattern, _last_try(own), re.MULTILINE)
+def _setup_failure(folder: Path, job_id: str) -> AttemptEnd | None:
+    with suppress(OSError):
+        text = log_file(folder, job_id, 0).read_text(errors="replace").rpartition(ATTEMPT_MARK)[2]
+        if found := re.search(f"^{re.escape(SETUP_ERROR)}(.+)$", text, re.MULTILINE):
+            return AttemptEnd(Cause.SETUP, message=found.group(1))
+    return None
+
+
+def _rank_failure(folder: Path, job_id: str) -> AttemptEnd | None:
+    """Returns the end of the rank that failed first; None if nothing shows one."""
+    ends = _rank_ends(folder, job_id)
+    reports = _rank_reports(folder, job_id)
+    # A killed rank leaves no report, while those that miss it do. A rank that raised waits a little before it
+    # exits, so the order of the reports is more reliable than that of mere exits.
+    if not ends or (reports and ends[0].exit_status is not None):
+        return reports[0] if reports else None
+    log = log_file(folder, job_id, 0)
+    killed = ends[0].signals == ("SIGKILL",) and log.exists()
+    oom = killed and _OOM_KILL.search(_last_attempt(log)) is not None
+    return replace(ends[0], out_of_memory=ends[0].out_of_memory or oom)
+
+
+def _rank_ends(folder: Path, job_id: str) -> list[AttemptEnd]:
+    """Returns the ranks that ended badly, in the order in which srun or the local controller saw it."""
+    rows = []
+    controller, srun = folder / CONTROLLER_LOG, log_file(folder, job_id, 0)
+    if controller.exists():
+        pattern = rf"^job {job_id}: ()task (\d+): (.+)$"
+        rows += re.findall(pattern, _last_attempt(controller), re.MULTILINE)
     if srun.exists():
-        pattern = r"srun: error: (?P<host>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)$"
-        found += re.findall(pattern, _last_try(srun), re.MULTILINE)
-    return [(host, int(rank), how) for host, rank, how in found]
+        pattern = r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (.+)$"
+        rows += re.findall(pattern, _last_attempt(srun), re.MULTILINE)
+    return [_rank_end(node, int(rank), words) for node, rank, words in rows]
 
 
-def _last_try(log: Path) -> str:
-    """A job that is tried again writes on in the same file."""
+def _rank_end(node: str, rank: int, words: str) -> AttemptEnd:
+    """words: those of srun, such as "Killed", "Out Of Memory", "Exited with exit code 1"."""
+    end = AttemptEnd(Cause.CRASH, node, rank)
+    if exited := re.fullmatch(r"Exited with exit code (\d+)", words):
+        return replace(end, exit_status=int(exited.group(1)))
+    name = _SIGNALS.get(words.removesuffix(" (core dumped)"))
+    if name is not None:
+        return replace(end, signals=(name,))
+    return replace(end, out_of_memory=words == "Out Of Memory", message=words)
+
+
+def _rank_reports(folder: Path, job_id: str) -> list[AttemptEnd]:
+    """Returns what the ranks reported that could still do so: causes before consequences, in the order of time."""
+    reports = []
+    for file in failure_files(folder, job_id):
+        with suppress(OSError, ValueError, KeyError):
+            report = json.loads(file.read_text())
+            cause = Cause.BAD_INPUT if report.get("bad_input") else Cause.CRASH
+            end = AttemptEnd(cause, report["host"], report["rank"], message=report["error"])
+            is_consequence = _CONSEQUENCE.search(end.message) is not None
+            reports.append((is_consequence, report["time"], report["rank"], end))
+    return [end for *_, end in sorted(reports, key=lambda report: report[:3])]
+
+
+def failure_files(folder: Path, job_id: str) -> list[Path]:
+    pattern = failure_file(folder, job_id, 0).name.replace("_0_", "_*_")
+    return sorted(folder.glob(pattern))
+
+
+def _last_attempt(log: Path) -> str:
+    """Returns what the last attempt wrote into a log, to which every attempt appends."""
     text = log.read_text(errors="replace")
-    begins = rf"^{TRY_MARK}\d+ on |Starting with JobEnvironment"
+    begins = rf"^{ATTEMPT_MARK}\d+ on |Starting with JobEnvironment"
     return re.split(begins, text, flags=re.MULTILINE)[-1]
 
 
-def _reports(folder: Path, job_id: str) -> list[tuple[str, int, str, bool]]:
-    """(host, rank, how, whether bad input) of the ranks that could still say what was wrong.
-
-    Causes before consequences.
-    """
-    reports = []
-    for file in folder.glob(f"{job_id}_*_failure.json"):
-        try:
-            report = json.loads(file.read_text())
-            consequence = _CONSEQUENCE.search(report["error"]) is not None
-            key = (consequence, report["time"])
-            bad_input = bool(report.get("bad_input"))
-            reports.append((key, (report["host"], report["rank"], report["error"], bad_input)))
-        except (OSError, ValueError, KeyError):
-            continue
-    return [report for _, report in sorted(reports)]
+def _result(folder: Path, job_id: str) -> dict[str, Any]:
+    """Returns what rank 0 reported of the function's result; {} if nothing."""
+    with suppress(OSError, ValueError):
+        result = json.loads(result_file(folder, job_id).read_bytes())
+        return result if isinstance(result, dict) else {}
+    return {}

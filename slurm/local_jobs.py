@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
-from slurm import attempts, supervisor
-from slurm.attempts import Care
+from slurm.attempts import Cause
 from slurm.commands import JobState
-from slurm.job_files import CONTROLLER_LOG, TRY_MARK
+from slurm.failure_diagnosis import CONTROLLER_LOG
+from slurm.supervision import AttemptLog, Supervision
 
 # For the last words of the ranks that outlive a bad end. MLflow's mirror is a process of its own and goes on.
 _PATIENCE_S = 12.0
@@ -31,16 +32,17 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
     """submitit's own starts its controller in the terminal's session, where Ctrl-C and a closed window reach
     it; ends the job after a time-out; and decides itself which GPUs the job sees.
 
-    Parameters: tasks_per_node; env: of the ranks; patience_s: what the other ranks get after a bad end; care and
-    max_restarts: see slurm/attempts.py.
+    Parameters: tasks_per_node; env: of the ranks; patience_s: what the other ranks get after a bad end;
+    supervision and max_restarts: see slurm/supervision.py.
     """
 
     def _submit_command(self, command: str) -> Any:
         tasks = self.parameters["tasks_per_node"]
         patience = self.parameters.get("patience_s", _PATIENCE_S)
-        care = []
-        if self.parameters.get("care"):
-            care = [json.dumps(self.parameters["care"]), str(self.parameters["max_restarts"])]
+        supervision = []
+        if self.parameters.get("supervision"):
+            restarts = str(self.parameters["max_restarts"])
+            supervision = [json.dumps(self.parameters["supervision"]), restarts]
         environment = os.environ | {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
@@ -57,7 +59,14 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
         suffix = environment[_SUFFIX] = f"{time.time():.0f}"
         with (self.folder / CONTROLLER_LOG).open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "slurm.local_jobs", str(self.folder), str(patience), *care],
+                [
+                    sys.executable,
+                    "-m",
+                    "slurm.local_jobs",
+                    str(self.folder),
+                    str(patience),
+                    *supervision,
+                ],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -87,27 +96,21 @@ class _Controller(Controller):  # type: ignore[misc]
         finally:
             self.kill_tasks()
 
-    def run_with_care(self, patience_s: float, care: Care, max_restarts: int) -> None:
-        """As often as the job is to be tried."""
+    def run_supervised(
+        self, patience_s: float, supervision: Supervision, max_restarts: int
+    ) -> None:
+        """Runs as many attempts as the job may have."""
+        log = AttemptLog(self.folder, self.pid, supervision, max_restarts)
         while True:
-            host = os.uname().nodename
-            progress = attempts.newest(care.progress)
-            told = attempts.begin(self.folder, self.pid, [host], time.time(), "", progress)
-            if len(told) > 1:
+            log.begin([os.uname().nodename])
+            if log.last.number > 1:
                 os.environ["CVAE_RESTARTED"] = "1"
-            print(f"{TRY_MARK}{told[-1].number} on {host}", flush=True)
-            status = self.run_to_end(patience_s)
-            end = attempts.ending(self.folder, self.pid, status)
-            restarts, end = attempts.decide(
-                end, attempts.newest(care.progress), told[:-1], max_restarts
-            )
-            restarts = restarts and not self.told_to_end
-            told = attempts.closed(told, end, care, restarts)
-            attempts.write(self.folder, self.pid, told)
-            print(told[-1].last_words, flush=True)
-            if end.cause in ("crash", "bad input"):
-                supervisor.call_after(care, end, restarts)
-            if not restarts:
+            end = log.diagnose(self.run_to_end(patience_s))
+            end = replace(end, restarts=end.restarts and not self.told_to_end)
+            log.close(end)
+            if end.cause in (Cause.CRASH, Cause.BAD_INPUT):
+                log.report_failure(end, end.restarts)
+            if not end.restarts:
                 return
 
     def _is_orphaned(self) -> bool:
@@ -202,7 +205,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     controller = _Controller(Path(sys.argv[1]))
     if sys.argv[3:]:
-        asked = Care(*json.loads(sys.argv[3])), int(sys.argv[4])
-        controller.run_with_care(float(sys.argv[2]), *asked)
+        supervised = Supervision(*json.loads(sys.argv[3])), int(sys.argv[4])
+        controller.run_supervised(float(sys.argv[2]), *supervised)
     else:
         controller.run_to_end(float(sys.argv[2]))

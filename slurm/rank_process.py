@@ -17,7 +17,7 @@ import submitit
 
 from cvae.errors import UserError, in_words
 from cvae.files.paths import write_atomically
-from slurm import job_files
+from slurm import attempts
 
 # The other ranks end after rank 0: where one rank's bad end makes SLURM kill the rest, rank 0 has then
 # written down why.
@@ -27,9 +27,10 @@ _LEAD_OF_FIRST_RANK_S = 5.0
 def run(target: str, *arguments: Any) -> None:
     """Calls ``module:function`` in this rank. Nothing is returned, so nothing is pickled.
 
-    A UserError is one line in the log and exit status 2, another exception a traceback and status 1. A
-    result whose `status` is "failed" makes rank 0's exit status 1, for SLURM's accounting. A function that has
-    to end its process at once may leave the reason in the file that $CVAE_FAILURE_FILE names.
+    A UserError becomes a line in the log and exit status 2, another exception a traceback and status 1. The
+    status, reason and signals of the result are reported to the supervisor; "failed" makes rank 0's exit
+    status 1, for SLURM's accounting. A function that has to end its process at once may leave the reason in the
+    file that $CVAE_FAILURE_FILE names.
     """
     faulthandler.enable()  # a segmentation fault leaves every thread's stack in the log
     # submitit has bound SIGUSR2 to its own requeueing and SIGTERM to nothing. Until the function binds
@@ -45,8 +46,8 @@ def run(target: str, *arguments: Any) -> None:
     environment = submitit.JobEnvironment()
     rank = export_ranks(environment)
     folder = Path(os.environ["SUBMITIT_FOLDER"])
-    failure = job_files.failure_file(folder, environment.job_id, rank)
-    result_file = job_files.result_file(folder, environment.job_id)
+    failure = attempts.failure_file(folder, environment.job_id, rank)
+    result_file = attempts.result_file(folder, environment.job_id)
     for file in [failure] + [result_file] * (rank == 0):
         file.unlink(missing_ok=True)  # of an earlier try of a job that was requeued
     os.environ["CVAE_FAILURE_FILE"] = str(failure)
@@ -59,8 +60,9 @@ def run(target: str, *arguments: Any) -> None:
         _fail(rank, error, failure)
     status = getattr(result, "status", None)
     if rank == 0 and status is not None:
-        said = {"status": status, "reason": getattr(result, "reason", "")}
-        write_atomically(result_file, json.dumps(said))
+        report = {"status": status, "reason": getattr(result, "reason", "")}
+        report["signals"] = list(getattr(result, "signals", ()))
+        write_atomically(result_file, json.dumps(report))
         if status == "failed":
             sys.exit(1)
 

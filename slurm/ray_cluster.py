@@ -42,10 +42,11 @@ _HELPER_S, _STOPPED_HELPER_S = 60.0, 8.0
 _log = logging.getLogger(__name__)
 
 
-class Outcome(NamedTuple):
+class ClusterResult(NamedTuple):
     status: str
     """finished | failed | stopped (by a signal)."""
     reason: str
+    signals: tuple[str, ...] = ()
 
 
 class _Stop:
@@ -73,7 +74,7 @@ def write_token(folder: Path) -> dict[str, str]:
 
 def run(
     folder: Path, driver: list[str], gpus: int, address: str | None, beside: list[str]
-) -> Outcome | None:
+) -> ClusterResult | None:
     """Called once on every node of a job. driver: `python -m …`, run on the first node where Ray is up.
 
     gpus: that each node gives. address: a Ray that is there already, instead. beside: another module that is
@@ -97,7 +98,7 @@ def run(
 
 def _head(
     driver: list[str], beside: list[str], environment: dict[str, str], meeting: Path, stop: _Stop
-) -> Outcome:
+) -> ClusterResult:
     problem = Path(environment["RAY_TMPDIR"], PROBLEM)
     with _helper(beside, stop):
         # In a session of its own: what ends this process group must not cut off the driver's last words.
@@ -115,11 +116,11 @@ def _head(
             meeting.unlink(missing_ok=True)
             _end(process)
     if stop.signal:
-        return Outcome("stopped", f"{stop.signal}, the trials saved")
+        return ClusterResult("stopped", f"{stop.signal}, the trials saved", (stop.signal,))
     if status:
         told = problem.read_text() if problem.exists() else f"the driver ended with status {status}"
         raise RuntimeError(told)
-    return Outcome("finished", "")
+    return ClusterResult("finished", "")
 
 
 @contextmanager

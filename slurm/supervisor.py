@@ -1,11 +1,10 @@
-"""Looks after a job on SLURM, from its batch script: `python -m slurm.supervisor begin|watch|end …` around srun.
+"""Supervises a job on SLURM from its batch script: `python -m slurm.supervisor begin|watch|end …` around srun.
 
-After a bad end, at the time limit, and where SLURM preempts by a signal alone, the job asks to be put back into
-the queue; a requeued job is the same job, so everything that is known about it stays.
+After a failure, at the time limit, and after a preemption that is only a signal, it asks SLURM to requeue the
+job. A requeued job keeps its id, so everything that is known about it stays valid.
 """
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -13,177 +12,224 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from cvae.errors import UserError
 from slurm import attempts
-from slurm.attempts import Care, Ending, Try
-from slurm.commands import Slurm
-from slurm.job_files import TRY_MARK
-from slurm.requeue import hold_off, nodes_to_exclude, patiently, requeue
+from slurm.attempts import FAULTS_OF_OTHERS, Attempt, AttemptEnd, Cause
+from slurm.commands import Slurm, is_final
+from slurm.supervision import AttemptLog, Supervision
 
 NOT_HERE, GIVEN_UP = 75, 76
+# By then a controller that restarts, or fails over to its backup, answers again.
+_PATIENCE_S = 600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+# SLURM accepts changes to a job only after it has finished requeueing it.
+_UPDATE_PATIENCE_S = 20.0
 _log = logging.getLogger("slurm.supervisor")
+Answer = TypeVar("Answer")
 
 
-def before(folder: Path, care: Care) -> int:
-    """Notes the try; returns NOT_HERE or GIVEN_UP if it must not begin.
+def before(log: AttemptLog) -> int:
+    """Records that an attempt begins; returns NOT_HERE or GIVEN_UP if it must not.
 
-    Not on a node that is known to be bad; only after a pause if SLURM ended the tries before without progress,
-    and not at all after many of them.
+    It must not begin on a node that is known to be bad. If SLURM ended the attempts before without progress, it
+    begins only after a pause, and after many of them not at all.
     """
-    slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    word = slurm.last_word(job_id) if restarted else ""
+    slurm = Slurm(None)
     here = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-    open_ones = [one for one in attempts.read(folder, job_id) if one.ended is None]
-    lost = slurm.lost_nodes(open_ones[-1].nodes) if open_ones else []
-    told = attempts.settle(folder, job_id, time.time(), word, lost, attempts.newest(care.progress))
-    goes_on, pause_s = attempts.goes_on(told) if open_ones else (True, 0.0)
-    if (open_ones and told[-1].cause in ("node", "crash")) or _was_killed_at_limit(told):
-        call_after(care, Ending("node", told[-1].why), restarts=goes_on)
-    if not goes_on:
-        end = Ending("node", f"{told[-1].why}; the last tries brought no new checkpoint")
-        _note(folder, job_id, [*told[:-1], replace(told[-1], why=end.why, restarts=False)])
-        call_after(care, end, restarts=False)
+    was_open = log.is_open
+    state = slurm.last_word(log.job_id) if _restarts() else ""
+    log.settle(state, slurm.lost_nodes(log.last.nodes) if was_open else [])
+    pause_s = attempts.pause_after_slurm(log.attempts) if was_open else 0.0
+    last = log.last.end if log.attempts else None
+    if last is not None and pause_s is None:
+        in_vain = attempts.fruitless_before(log.attempts, FAULTS_OF_OTHERS) + 1
+        log.close(replace(last, restarts=False, without_progress=in_vain))
+        assert log.last.end is not None
+        log.report_failure(log.last.end, restarts=False)
         return GIVEN_UP
-    if pause_s:
-        print(f"{TRY_MARK}{told[-1].number}: {told[-1].why}; waits {pause_s:.0f} s", flush=True)
-        if not requeue(slurm, job_id):
-            hold_off(slurm, job_id, [], pause_s)
+    if last is not None and _is_unreported(last, was_open):
+        log.report_failure(last, restarts=True)
+    if last is not None and pause_s:
+        log.say(f": {last.reason}; waits {pause_s:.0f} s")
+        if not requeue(slurm, log.job_id):
+            hold_off(slurm, log.job_id, [], pause_s)
             return NOT_HERE
-    told = attempts.begin(folder, job_id, here, time.time(), word, attempts.newest(care.progress))
-    print(f"{TRY_MARK}{told[-1].number} on {', '.join(here)}", flush=True)
-    excluded = nodes_to_exclude(slurm, told)
-    if not set(excluded) & set(here) or not attempts.shuns(told[:-1]):
+    log.begin(here)
+    excluded = nodes_to_exclude(slurm, log.attempts)
+    if not set(excluded) & set(here) or not attempts.may_wait_for_other_nodes(log.attempts[:-1]):
         return 0
-    end = Ending("not begun", f"not begun: {', '.join(excluded)} failed twice")
-    _note(folder, job_id, attempts.closed(told, end, care, True, excluded, "asked"))
-    if refusal := requeue(slurm, job_id):
+    running = log.last
+    log.close(AttemptEnd(Cause.NOT_BEGUN, restarts=True, excluded=tuple(excluded), requeue="asked"))
+    if refusal := requeue(slurm, log.job_id):
         # Better on a bad node than nowhere.
         _log.warning("%s; begins here all the same", refusal)
-        attempts.write(folder, job_id, told)
+        log.attempts[-1] = running
+        log.write()
         return 0
-    hold_off(slurm, job_id, excluded, 0.0)
+    hold_off(slurm, log.job_id, excluded, 0.0)
     return NOT_HERE
 
 
-def after(folder: Path, care: Care, status: int, max_restarts: int) -> None:
-    """Says why the try ended and, where that is of use, has SLURM try again."""
-    slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
-    told = attempts.read(folder, job_id)
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+def _is_unreported(end: AttemptEnd, was_open: bool) -> bool:
+    """Returns whether the ranks were gone before they, or a supervisor, could report the failure."""
+    if end.cause == Cause.TIME_LIMIT:
+        return not end.saved
+    return was_open and end.cause in (Cause.NODE, Cause.CRASH)
+
+
+def after(log: AttemptLog, status: int) -> None:
+    """Records why the attempt ended and asks SLURM to requeue the job if it is to restart."""
+    slurm = Slurm(None)
     silence = ""
     try:
-        details = patiently(lambda: slurm.details(job_id))
+        details = patiently(lambda: slurm.details(log.job_id))
     except UserError as error:
         details, silence = {}, str(error)
-    # Where SLURM itself has ended the try (preemption, a failed node, scancel), it also knows what follows;
-    # a host that was out of reach may even wake up in the middle of the next try.
-    ours = details.get("JobState") == "RUNNING" and int(details.get("Restarts", 0)) == restarted
-    if not told or not (ours or silence):
-        _log.info("try ended by SLURM: %s", details.get("JobState"))
+    # If SLURM itself has ended the attempt (preemption, a failed node, scancel), it decides what follows; and a
+    # host that was out of reach may even wake up in the middle of the next attempt.
+    ours = details.get("JobState") == "RUNNING" and int(details.get("Restarts", 0)) == _restarts()
+    if not log.attempts or not (ours or silence):
+        _log.info("attempt ended by SLURM: %s", details.get("JobState"))
         return
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "")
-    end = attempts.ending(folder, job_id, status, preempted)
-    restarts, end = attempts.decide(end, attempts.newest(care.progress), told[:-1], max_restarts)
+    end = log.diagnose(status, preempted)
     if silence:
-        told = attempts.closed(told, end, care, restarts)
-        _note(folder, job_id, attempts.answered(told, silence) if restarts else told)
-        call_after(care, end, restarts=False)
+        if end.restarts:
+            end = replace(end, requeue="refused", refusal=silence, restarts=False)
+        log.close(end)
+        log.report_failure(end, restarts=False)
         return
-    if end.cause in ("crash", "bad input"):
-        call_after(care, end, restarts)
-    _close(slurm, folder, job_id, care, told, end, restarts)
+    if end.cause in (Cause.CRASH, Cause.BAD_INPUT):
+        log.report_failure(end, end.restarts)
+    _close(slurm, log, end)
 
 
-def _close(
-    slurm: Slurm, folder: Path, job_id: str, care: Care, told: list[Try], end: Ending, again: bool
-) -> None:
-    """Writes down the end of the last try and, if it is to be tried again, asks SLURM for that.
+def _close(slurm: Slurm, log: AttemptLog, end: AttemptEnd) -> None:
+    """Records the end of the last attempt and, if it restarts, asks SLURM to requeue the job.
 
-    A job that is put back is killed soon, perhaps before another word is written; and SLURM may refuse. So the
-    file says first that SLURM is asked, and then what it has answered.
+    A requeued job is killed soon, perhaps before another word is written, and SLURM may refuse. So the file first
+    says that SLURM is asked, and then what it has answered.
     """
-    told = attempts.closed(told, end, care, again)
-    if not again:
-        _note(folder, job_id, told)
+    if not end.restarts:
+        log.close(end)
         return
-    excluded = nodes_to_exclude(slurm, told)
-    told = attempts.closed(told, end, care, again, excluded, "asked")
-    _note(folder, job_id, told)
-    refusal = requeue(slurm, job_id)
-    told = attempts.answered(told, refusal)
+    ended = replace(log.last, end=end)
+    excluded = nodes_to_exclude(slurm, [*log.attempts[:-1], ended])
+    log.close(replace(end, excluded=tuple(excluded), requeue="asked"))
+    refusal = requeue(slurm, log.job_id)
+    log.answer(refusal)
+    assert log.last.end is not None
     if refusal:
-        _note(folder, job_id, told)
-        call_after(care, end._replace(why=f"{end.why}; {told[-1].follows}"), restarts=False)
+        log.close(log.last.end)
+        log.report_failure(end, restarts=False, reason=f"{end.reason}; {log.last.end.outlook}")
         return
-    hold_off(slurm, job_id, excluded, attempts.pause_after(told))
-    attempts.write(folder, job_id, told)
-    print(f"{TRY_MARK}{told[-1].number}: SLURM has put it back into its queue", flush=True)
+    hold_off(slurm, log.job_id, excluded, attempts.pause_after_failure(log.attempts))
+    log.say(": SLURM has put it back into its queue")
 
 
-def watch(folder: Path, care: Care, max_restarts: int) -> NoReturn:
-    """In the batch script's background: waits for SLURM to end the job, and sees to it where the time is up.
+def watch(open_log: Callable[[], AttemptLog]) -> NoReturn:
+    """Waits, in the batch script's background, until SLURM ends the job, and handles the time limit.
 
-    There and not at the end of the script, which does not come when SLURM kills everything. What runs already
-    needs not to be loaded in the few seconds between signal and kill.
+    When SLURM kills everything, the end of the script is not reached; and a process that runs already has nothing
+    to load in the few seconds between signal and kill.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     while True:
         signal.sigwait({signal.SIGTERM})
         try:
-            at_limit(folder, care, max_restarts)
+            at_limit(open_log())
         except UserError as error:
             _log.error("the time limit: %s", error)
 
 
-def at_limit(folder: Path, care: Care, max_restarts: int) -> None:
-    """Has SLURM try again what it ends at the time limit, as the ranks did not manage to save in their grace time.
+def at_limit(log: AttemptLog) -> None:
+    """Asks SLURM to requeue a job that it ends at the time limit, as the ranks did not save in their grace time.
 
-    Whatever else SLURM ends (preempted, cancelled, requeued), or has been seen to already, is left alone.
+    Does nothing if SLURM ends the job for another reason, or if the end has been recorded already.
     """
-    slurm, job_id = Slurm(None), os.environ["SLURM_JOB_ID"]
-    told = attempts.read(folder, job_id)
-    details = patiently(lambda: slurm.details(job_id))
-    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    slurm = Slurm(None)
+    details = patiently(lambda: slurm.details(log.job_id))
     is_up = details.get("Reason") == "TimeLimit" and details.get("JobState") != "RUNNING"
-    ours = int(details.get("Restarts", 0)) == restarted
-    if not (is_up and ours and told and told[-1].ended is None):
-        return
-    end = attempts.ending(folder, job_id, 128 + signal.SIGTERM, timed_out=True)
-    restarts, end = attempts.decide(end, attempts.newest(care.progress), told[:-1], max_restarts)
-    _close(slurm, folder, job_id, care, told, end, restarts)
+    ours = int(details.get("Restarts", 0)) == _restarts()
+    if is_up and ours and log.is_open:
+        _close(slurm, log, log.diagnose(128 + signal.SIGTERM, timed_out=True))
 
 
-def _was_killed_at_limit(earlier: list[Try]) -> bool:
-    return bool(earlier) and earlier[-1].why == attempts.KILLED_AT_LIMIT
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-def call_after(care: Care, end: Ending, restarts: bool) -> None:
-    """Tells the job's own function of a bad end; what goes wrong in it changes nothing."""
-    if not care.after:
-        return
-    module, _, name = care.after.partition(":")
+def patiently(ask: Callable[[], Answer], patience_s: float = _PATIENCE_S) -> Answer:
+    """Returns SLURM's answer, asking again while its controller is busy or restarts.
+
+    Raises UserError if SLURM refuses, or still does not answer after patience_s.
+    """
+    pause_s, deadline = _FIRST_PAUSE_S, time.monotonic() + patience_s
+    while True:
+        try:
+            return ask()
+        except UserError as error:
+            if is_final(str(error)) or time.monotonic() + pause_s > deadline:
+                raise
+            _log.warning("%s; asking again in %g s", error, pause_s)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def requeue(slurm: Slurm, job_id: str) -> str:
+    """Returns "" after SLURM has put the job back into its queue, or SLURM's answer if it refuses."""
     try:
-        getattr(importlib.import_module(module), name)(care.argument, end.why, restarts)
-    except Exception:
-        _log.exception("%s", care.after)
+        patiently(lambda: slurm.requeue(job_id))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
-def _note(folder: Path, job_id: str, told: list[Try]) -> None:
-    attempts.write(folder, job_id, told)
-    print(told[-1].last_words, flush=True)
+def hold_off(slurm: Slurm, job_id: str, excluded: list[str], pause_s: float) -> None:
+    """Keeps a job that was just requeued off the excluded nodes, and from starting before pause_s have passed."""
+    if not excluded and not pause_s:
+        return None
+    deadline = time.monotonic() + _UPDATE_PATIENCE_S
+    while True:
+        try:
+            return slurm.hold_off(job_id, excluded, pause_s)
+        except UserError as error:
+            if is_final(str(error)) or time.monotonic() > deadline:
+                _log.warning("its next start cannot be put off: %s", error)
+                return None
+            time.sleep(0.3)
 
 
-def script_lines(folder: Path, care: Care, max_restarts: int) -> tuple[list[str], list[str]]:
-    """What the batch script runs before srun and after it."""
+def nodes_to_exclude(slurm: Slurm, earlier: list[Attempt]) -> list[str]:
+    """Returns the nodes on which the job failed twice, as far as enough others like them are left."""
+    excluded: list[str] = []
+    needed = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    for node in attempts.bad_nodes(earlier):
+        try:
+            others = set(slurm.nodes_like(node, os.environ["SLURM_JOB_PARTITION"]))
+        except UserError as error:
+            _log.warning("%s: %s", node, error)
+            continue
+        if len(others - {*excluded, node}) >= needed:
+            excluded.append(node)
+        else:
+            _log.warning("%s failed twice, but there are no %d others like it", node, needed)
+    return excluded
+
+
+def script_lines(
+    folder: Path, supervision: Supervision, max_restarts: int
+) -> tuple[list[str], list[str]]:
+    """Returns the lines of the batch script before srun and after it."""
     common = [sys.executable, "-m", "slurm.supervisor"]
-    tail = [str(folder), json.dumps(care), str(max_restarts)]
+    tail = [str(folder), json.dumps(supervision), str(max_restarts)]
     begin, watching, end = (
-        shlex.join([*common, word, *tail]) for word in ("begin", "watch", "end")
+        shlex.join([*common, action, *tail]) for action in ("begin", "watch", "end")
     )
     return (
         [
@@ -191,13 +237,13 @@ def script_lines(folder: Path, care: Care, max_restarts: int) -> tuple[list[str]
             "begun=$?",
             f"[ $begun -ne {NOT_HERE} ] || exit 0",
             f"[ $begun -ne {GIVEN_UP} ] || exit 1",
-            # Where the script ends, SLURM kills its background at once.
+            # When the script ends, SLURM kills its background at once.
             "trap : TERM",
             f"{watching} &",
             "watcher=$!",
             "disown",
         ],
-        # To be requeued is to get SIGTERM, with some words still to be written.
+        # Requeueing sends SIGTERM while something is still to be written.
         [
             "status=$?",
             "trap '' TERM",
@@ -212,20 +258,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["begin", "watch", "end"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("care", type=lambda text: Care(*json.loads(text)))
+    parser.add_argument("supervision", type=lambda text: Supervision(*json.loads(text)))
     parser.add_argument("max_restarts", type=int)
     parser.add_argument("--status", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+
+    def open_log() -> AttemptLog:
+        job_id = os.environ["SLURM_JOB_ID"]
+        return AttemptLog(options.folder, job_id, options.supervision, options.max_restarts)
+
     if options.action == "begin":
-        # A requeue that is asked for here ends the script; what follows it has still to be said.
+        # A requeue that it asks for ends the script, while there is still something to write.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return before(options.folder, options.care)
+        return before(open_log())
     if options.action == "watch":
-        watch(options.folder, options.care, options.max_restarts)
-    after(options.folder, options.care, options.status, options.max_restarts)
+        watch(open_log)
+    after(open_log(), options.status)
     return 0
 
 

@@ -15,7 +15,7 @@ from cvae.files import paths
 from cvae.run.directory import RunDirectory, all_runs
 from cvae.tracking import mlflow_mirror
 from slurm import cluster_file, job_state
-from slurm.job_files import log_file
+from slurm.attempts import log_file
 from workflows.jobs.checkpoint_notice import grace_fact, measured_save_s
 from workflows.jobs.follow import follow
 from workflows.jobs.job_options import add_time

@@ -38,6 +38,8 @@ class Outcome(NamedTuple):
     """finished | failed | stopped (by a signal, with everything saved)."""
     step: int
     reason: str
+    signals: tuple[str, ...] = ()
+    """The names of the signals that stopped it."""
 
 
 class StopFlag:
@@ -78,7 +80,7 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
                 what = f"rank 0 on {socket.gethostname()}: {in_words(error)}"
             record.end("failed", record.step, what)
             raise
-        record.end(*outcome)
+        record.end(outcome.status, outcome.step, outcome.reason)
         return outcome
 
 
@@ -192,8 +194,9 @@ def _train(
             meter.restart()
         if stops and step < total:
             record.saver.finish()
-            signals = {name for name in ranks.gather(stop.signal or "") if name}
-            return Outcome("stopped", step, f"{', '.join(sorted(signals))} at step {step}, saved")
+            signals = tuple(sorted({name for name in ranks.gather(stop.signal or "") if name}))
+            reason = f"{', '.join(signals)} at step {step}, saved"
+            return Outcome("stopped", step, reason, signals)
         answer = ranks.ask_any(stop.signal is not None) if step < total else None
     record.final_model()
     return Outcome("finished", total, "")

@@ -16,6 +16,7 @@ from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from slurm import cluster_file as clusters
 from slurm import executors, job_state
+from slurm.attempts import AttemptEnd, Cause
 from slurm.cluster_file import ClusterConfig, Place, Placement
 from slurm.executors import Job
 from slurm.failure_diagnosis import first_failure
@@ -93,7 +94,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(place: Place, tmp_path: Path) -> 
     until(lambda: not job_state.look(submission).alive, seconds=60)
     failure = first_failure(tmp_path, submission.job_id)
     assert failure is not None
-    assert (failure.rank, failure.host, failure.how) == (3, "cvae-node2", "Killed")
+    assert failure.end == AttemptEnd(Cause.CRASH, "cvae-node2", 3, ("SIGKILL",))
     assert job_state.look(submission).word == "FAILED"
 
 

@@ -15,7 +15,7 @@ from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from slurm import attempts, job_state
 from slurm import cluster_file as clusters
-from slurm.attempts import Try
+from slurm.attempts import Attempt
 from slurm.cluster_file import Place, Placement
 from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
@@ -42,7 +42,7 @@ def rank_process(run: RunDirectory, rank: int) -> psutil.Process:
     raise AssertionError(f"no rank {rank}")
 
 
-def told(run: RunDirectory) -> list[Try]:
+def told(run: RunDirectory) -> list[Attempt]:
     submission = last_submission(run)
     assert submission is not None
     return attempts.read(run.logs, submission.job_id)
@@ -122,7 +122,10 @@ def test_preempted_crashed_and_cancelled(
     assert (told(run)[1].ended or 0) - killed < 60
     until_trained(run, 3)
     assert [one.cause for one in told(run)] == ["preempted", "crash", None]
-    assert f"rank 1 on {told(run)[1].node}: killed (SIGKILL)" in lines(run, "end")[-1]["reason"]
+    crash = told(run)[1].end
+    assert crash is not None
+    node = crash.node
+    assert f"rank 1 on {node}: killed (SIGKILL)" in lines(run, "end")[-1]["reason"]
     assert len({line["code"] for line in lines(run, "start")}) == 1
 
     # To cancel is to stop, and not to be preempted.
@@ -135,5 +138,5 @@ def test_preempted_crashed_and_cancelled(
     capsys.readouterr()
     assert runs.main(["show", "r"]) == 0
     shown = capsys.readouterr().out
-    for words in ("preempted: SIGTERM at step", f"rank 1 on {told(run)[1].node}: killed"):
+    for words in ("preempted: SIGTERM at step", f"rank 1 on {node}: killed"):
         assert words in shown

@@ -20,7 +20,7 @@ from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from slurm import attempts, job_state
-from slurm.attempts import Try
+from slurm.attempts import Attempt, AttemptEnd, Cause
 from tests.conftest import tiny_experiment, write_store
 from tests.fuzz import damage
 from tests.fuzz.frame import Case, command, target
@@ -48,7 +48,8 @@ def make(name: str) -> RunDirectory:
     """A run that has told all that a run tells, and failed."""
     run = RunDirectory.create(name, Experiment.model_validate(tiny_experiment()))
     run.launch_file.write_text(json.dumps([ENTRY]))
-    attempts.write(run.logs, str(ENTRY["job_id"]), [Try(1, 1e9, ["n"], 1e9 + 5, "crash", "why")])
+    crash = AttemptEnd(Cause.CRASH, "n", rank=0, message="why")
+    attempts.write(run.logs, str(ENTRY["job_id"]), [Attempt(1, 1e9, ["n"], 1e9 + 5, crash)])
     (run.path / "mlflow.json").write_text(json.dumps({"tracking_uri": "u", "run_dir_id": "i"}))
     host = {"free_disk": 1, "free_memory": 1, "clock_offset_s": 0}
     with closing(Journal(run.journal_file)) as journal:

@@ -84,7 +84,7 @@ class Field:
         """When the last fault struck; unix seconds."""
 
     def has_noticed(self, since: float) -> bool:
-        """Whether the present try has been given up, by the run or by SLURM."""
+        """Whether the present attempt has been given up, by the run or by SLURM."""
         ended = [one.ended or 0.0 for one in attempts.read(self.run.logs, self.job_id)]
         ends = [line["time"] for line in lines(self.run, "end")]
         return (

@@ -89,6 +89,6 @@ def hoard(folder: Path) -> None:
     torch.zeros(4 * 2**30)
 
 
-def note(argument: str, how: str, restarts: bool) -> None:
+def note(argument: str, reason: str, message: str, restarts: bool) -> None:
     with (Path(argument) / "noted").open("a") as file:
-        file.write(f"{how}, restarts {restarts}\n")
+        file.write(f"{reason}, restarts {restarts}\n")

@@ -12,14 +12,14 @@ import torch
 
 from cvae.errors import in_words
 from slurm import attempts, executors, job_state
-from slurm.attempts import Care
+from slurm.attempts import AttemptEnd, Cause, log_file
 from slurm.cluster_file import ClusterConfig, Place, Placement
 from slurm.executors import Job
 from slurm.failure_diagnosis import first_failure
-from slurm.job_files import log_file
 from slurm.job_state import Submission
 from slurm.local_jobs import DetachedExecutor
 from slurm.rank_process import run
+from slurm.supervision import Supervision
 from tests.conftest import PROJECT_ROOT
 
 HERE = Place("local", ClusterConfig(executor="local", env={"COLOUR": "blue"}), "asked for")
@@ -102,7 +102,7 @@ def test_a_dead_rank_takes_the_others_with_it_and_is_named(tmp_path: Path) -> No
     until(job.done)
     failure = first_failure(tmp_path, job.job_id)
     assert failure is not None
-    assert (failure.rank, failure.how) == (1, "Killed")
+    assert failure.end == AttemptEnd(Cause.CRASH, rank=1, signals=("SIGKILL",))
 
 
 def test_the_rank_that_caused_it_is_named_and_not_the_one_that_noticed(
@@ -112,7 +112,7 @@ def test_the_rank_that_caused_it_is_named_and_not_the_one_that_noticed(
     wait_for_end(submission)
     failure = first_failure(tmp_path, submission.job_id)
     assert failure is not None
-    assert (failure.rank, failure.how) == (1, "ValueError: the cause")
+    assert (failure.rank, failure.end.message) == (1, "ValueError: the cause")
     assert any("the cause" in line for line in failure.tail)
 
 
@@ -123,7 +123,7 @@ def test_out_of_memory_is_told_apart(
     wait_for_end(submission)
     failure = first_failure(tmp_path, submission.job_id)
     assert failure is not None
-    assert failure.how.startswith("out of memory: RuntimeError: ")
+    assert failure.end.message.startswith("out of memory: RuntimeError: ")
     assert str(failure).startswith(f"rank 0 on {os.uname().nodename}: out of memory: ")
 
 
@@ -142,16 +142,16 @@ def test_which_exceptions_say_that_memory_ran_out(error: Exception, told: bool) 
     assert in_words(error).endswith(f"{type(error).__name__}: {error}")
 
 
-def start_with_care(folder: Path, function: str) -> Submission:
+def start_supervised(folder: Path, function: str) -> Submission:
     place = HERE._replace(config=HERE.config.model_copy(update={"max_restarts": 1}))
-    care = Care(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
+    supervision = Supervision(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
     env = {"PYTHONPATH": str(PROJECT_ROOT)}
-    job = Job("test", folder, f"tests.helpers.job_targets:{function}", (folder,), env, care)
+    job = Job("test", folder, f"tests.helpers.job_targets:{function}", (folder,), env, supervision)
     return executors.submit(job, place, Placement(1, 1), gpus=1)
 
 
 def test_what_was_told_to_end_is_not_tried_again(tmp_path: Path) -> None:
-    submission = start_with_care(tmp_path, "sleep")
+    submission = start_supervised(tmp_path, "sleep")
     until((tmp_path / "pid-0").exists)
     job_state.end(submission, 30, lambda text: None)
     [told] = attempts.read(tmp_path, submission.job_id)
@@ -165,7 +165,7 @@ def test_it_is_tried_again_while_that_brings_progress(
     # Pids come again, in a container soon: an old job of this one's was cancelled.
     for pid in range(os.getpid(), os.getpid() + 3000):
         attempts.mark_cancelled(tmp_path, str(pid))
-    submission = start_with_care(tmp_path, function)
+    submission = start_supervised(tmp_path, function)
     wait_for_end(submission)
     told = attempts.read(tmp_path, submission.job_id)
     assert [one.restarts for one in told] == [True] * (ends - 1) + [False]
@@ -176,8 +176,8 @@ def test_it_is_tried_again_while_that_brings_progress(
         assert [(tmp_path / f"step-{number}").read_text() for number in range(3)] == ["", "1", "1"]
         assert len(noted) == 2
     else:
-        assert "Segmentation fault, restarts True" in noted[0]
-        assert "2 tries in a row brought no new checkpoint, restarts False" in noted[1]
+        assert "Segmentation fault (SIGSEGV), restarts True" in noted[0]
+        assert "2 attempts in a row brought no new checkpoint, restarts False" in noted[1]
         log = log_file(tmp_path, submission.job_id, 0).read_text()
         assert "Fatal Python error: Segmentation fault" in log
 

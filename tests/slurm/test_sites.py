@@ -1,15 +1,14 @@
 """Sites whose SLURM is busy, refuses, or lacks a part: what is named, and what goes on all the same."""
 
-import time
 from pathlib import Path
 
 import pytest
 
-from slurm import attempts, job_files, supervisor
-from slurm import requeue as requeueing
-from slurm.attempts import Care, Try
+from slurm import attempts, supervisor
+from slurm.attempts import Attempt, AttemptEnd, Cause
 from slurm.commands import Slurm
 from slurm.job_state import Submission, requeue_warning
+from slurm.supervision import AttemptLog, Supervision
 from tests.helpers.site import BUSY, DISABLED, GONE, NO_ACCOUNTING, Site, site
 
 __all__ = ["site"]
@@ -24,16 +23,25 @@ def on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
-    monkeypatch.setattr(requeueing, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(requeueing, "_UPDATE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(supervisor, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervisor, "_UPDATE_PATIENCE_S", 0.0)
 
 
-def care(folder: Path) -> Care:
-    return Care(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
+def opened(folder: Path, max_restarts: int = 3) -> AttemptLog:
+    supervision = Supervision(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
+    return AttemptLog(folder, JOB, supervision, max_restarts)
 
 
 def begin(folder: Path) -> None:
-    attempts.begin(folder, JOB, ["n1"], time.time(), "TIMEOUT", "")
+    log = opened(folder)
+    log.settle("TIMEOUT")
+    log.begin(["n1"])
+
+
+def last_end(folder: Path) -> AttemptEnd:
+    end = attempts.read(folder, JOB)[-1].end
+    assert end is not None
+    return end
 
 
 def scontrol(site: Site, requeue: str, details: str = RUNNING) -> None:
@@ -53,19 +61,17 @@ def test_a_refused_requeue_is_told_as_what_it_is(
     scontrol(site, refusing(DISABLED, 99, site), RUNNING if path == "after" else AT_LIMIT)
     begin(tmp_path)
     if path == "after":
-        supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
+        supervisor.after(opened(tmp_path, 3), 1)
     else:
-        supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    last = attempts.read(tmp_path, JOB)[-1]
+        supervisor.at_limit(opened(tmp_path, 3))
+    last = last_end(tmp_path)
     assert (last.restarts, last.requeue) == (False, "refused")
     assert DISABLED in last.refusal
     assert site.times("scontrol requeue") == 1, "asking again would be of no use"
     out = capsys.readouterr().out
-    assert "it is tried again" not in out
-    assert f"it was to be tried again, but SLURM says: {DISABLED}" in out.splitlines()[-1]
-    assert (
-        f"{DISABLED}; it can be resumed by hand, restarts False" in (tmp_path / "noted").read_text()
-    )
+    assert "it restarts" not in out
+    assert f"it should have restarted, but SLURM says: {DISABLED}" in out.splitlines()[-1]
+    assert f"{DISABLED}; resume it by hand, restarts False" in (tmp_path / "noted").read_text()
 
 
 @pytest.mark.parametrize(("requeue", "warned"), [("0", True), ("1", False)])
@@ -85,8 +91,8 @@ def test_a_busy_controller_is_asked_again(
 ) -> None:
     scontrol(site, refusing(BUSY, 3, site))
     begin(tmp_path)
-    supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = attempts.read(tmp_path, JOB)[-1]
+    supervisor.after(opened(tmp_path, 3), 1)
+    last = last_end(tmp_path)
     assert (last.restarts, last.requeue) == (True, "accepted")
     assert site.times("scontrol requeue") == 4
     assert "put it back into its queue" in capsys.readouterr().out
@@ -94,19 +100,19 @@ def test_a_busy_controller_is_asked_again(
 
 def test_an_answer_that_was_lost_counts(site: Site, tmp_path: Path) -> None:
     scontrol(site, refusing("Job is pending execution for job 12", 99, site))
-    assert requeueing.requeue(Slurm(None), JOB) == ""
+    assert supervisor.requeue(Slurm(None), JOB) == ""
 
 
 def test_a_controller_that_stays_away_ends_in_the_truth(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeueing.patiently, "__defaults__", (0.05,))
+    monkeypatch.setattr(supervisor.patiently, "__defaults__", (0.05,))
     site.fails("scontrol", GONE)
     begin(tmp_path)
-    supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = attempts.read(tmp_path, JOB)[-1]
+    supervisor.after(opened(tmp_path, 3), 1)
+    last = last_end(tmp_path)
     assert (last.cause, last.restarts, last.requeue) == ("crash", False, "refused")
-    assert "Unable to contact slurm controller" in last.follows
+    assert "Unable to contact slurm controller" in last.outlook
     assert "restarts False" in (tmp_path / "noted").read_text()
 
 
@@ -120,31 +126,31 @@ def test_killed_while_it_asks_it_has_promised_nothing(
     begin(tmp_path)
     monkeypatch.setattr(supervisor, "requeue", killed)
     with pytest.raises(KeyboardInterrupt):
-        supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
-    last = attempts.read(tmp_path, JOB)[-1]
-    assert last.last_words.endswith("; SLURM is asked to try it again")
+        supervisor.after(opened(tmp_path, 3), 1)
+    assert last_end(tmp_path).outlook == "SLURM is asked to requeue it"
     # The next try shows that SLURM did.
     begin(tmp_path)
-    assert attempts.read(tmp_path, JOB)[0].requeue == "accepted"
+    first = attempts.read(tmp_path, JOB)[0].end
+    assert first is not None
+    assert first.requeue == "accepted"
 
 
 def test_better_on_a_bad_node_than_nowhere(site: Site, tmp_path: Path) -> None:
     scontrol(site, refusing(DISABLED, 99, site))
     site.says("sinfo", "*%f*) echo 'n1|idle|v100 gpu:4'; echo 'n2|idle|v100 gpu:4';;")
-    crashed = [
-        Try(number, 0.0, ["n1"], 1.0, "crash", "boom", "n1", f"step-{number}") for number in (1, 2)
-    ]
+    end = AttemptEnd(Cause.CRASH, "n1", 0, message="boom")
+    crashed = [Attempt(number, 0.0, ["n1"], 1.0, end, f"step-{number}") for number in (1, 2)]
     attempts.write(tmp_path, JOB, crashed)
-    assert supervisor.before(tmp_path, care(tmp_path)) == 0
+    assert supervisor.before(opened(tmp_path)) == 0
     last = attempts.read(tmp_path, JOB)[-1]
-    assert (last.number, last.ended) == (3, None)
+    assert (last.number, last.end) == (3, None)
     # A SLURM that takes the request is left to start it elsewhere, but not for ever.
     scontrol(site, "exit 0")
     codes = []
     for _ in range(5):
         told = attempts.read(tmp_path, JOB)
         attempts.write(tmp_path, JOB, [one for one in told if one.ended is not None])
-        codes.append(supervisor.before(tmp_path, care(tmp_path)))
+        codes.append(supervisor.before(opened(tmp_path)))
     assert codes == [supervisor.NOT_HERE] * 3 + [0] * 2
     assert any("ExcNodeList=n1" in line for line in site.asked)
 
@@ -175,11 +181,12 @@ def test_without_accounting_a_lost_node_is_named(
     scontrol(site, "exit 0")
     lost = f" echo '{down}|down*'" if down else " true"
     site.says("sinfo", f"*%N*) echo 'n1|mix'; echo 'n3|down';{lost};;")
-    attempts.begin(tmp_path, JOB, ["n1", "n2"], 1.0, "", "")
-    job_files.log_file(tmp_path, JOB, 0).write_text(f"=== try 1 on n1, n2\n{log}")
-    assert supervisor.before(tmp_path, care(tmp_path)) == 0
+    opened(tmp_path).begin(["n1", "n2"])
+    attempts.log_file(tmp_path, JOB, 0).write_text(f"=== try 1 on n1, n2\n{log}")
+    assert supervisor.before(opened(tmp_path)) == 0
     first, second = attempts.read(tmp_path, JOB)
-    assert (first.cause, first.node, second.ended) == (cause, node, None)
+    assert first.end is not None
+    assert (first.end.cause, first.end.node, second.end) == (cause, node, None)
 
 
 def test_lost_nodes_and_slurms_own_ends_get_pauses_and_an_end(site: Site, tmp_path: Path) -> None:
@@ -187,31 +194,32 @@ def test_lost_nodes_and_slurms_own_ends_get_pauses_and_an_end(site: Site, tmp_pa
     site.lacks("sacct")
     codes = []
     for _ in range(40):
-        codes.append(supervisor.before(tmp_path, care(tmp_path)))
-        job_files.log_file(tmp_path, JOB, 0).write_text("srun: error: Node failure on n2\n")
+        codes.append(supervisor.before(opened(tmp_path)))
+        attempts.log_file(tmp_path, JOB, 0).write_text("srun: error: Node failure on n2\n")
         if codes[-1] == supervisor.GIVEN_UP:
             break
     assert codes[-1] == supervisor.GIVEN_UP
     assert codes.count(0) == 11
     pauses = [int(line.rpartition("+")[2]) for line in site.asked if "StartTime=now" in line]
     assert pauses == [150, 300, 600, 1200, 2400, *[3600] * 4]
-    told = attempts.read(tmp_path, JOB)
-    assert (told[-1].restarts, told[-1].node) == (False, "n2")
+    last = last_end(tmp_path)
+    assert (last.restarts, last.node, last.without_progress) == (False, "n2", 11)
     assert "restarts False" in (tmp_path / "noted").read_text().splitlines()[-1]
 
 
 def test_progress_ends_the_pauses() -> None:
-    lost = [Try(n, 0.0, ["n1"], 1.0, "node", "", "n1", f"step-{n}") for n in range(30)]
-    assert attempts.goes_on(lost) == (True, 0.0)
-    preempted = [Try(n, 0.0, ["n1"], 1.0, "preempted", "", "", "") for n in range(30)]
-    assert attempts.goes_on(preempted) == (True, 0.0)
+    end = AttemptEnd(Cause.NODE, "n1")
+    lost = [Attempt(n, 0.0, ["n1"], 1.0, end, f"step-{n}") for n in range(30)]
+    assert attempts.pause_after_slurm(lost) == 0.0
+    end = AttemptEnd(Cause.PREEMPTED)
+    assert attempts.pause_after_slurm([Attempt(n, 0.0, ["n1"], 1.0, end) for n in range(30)]) == 0.0
 
 
 def test_a_crash_that_brought_nothing_is_followed_by_a_pause(site: Site, tmp_path: Path) -> None:
     scontrol(site, "exit 0")
     for _ in range(2):
         begin(tmp_path)
-        supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
+        supervisor.after(opened(tmp_path, 3), 1)
     assert [line for line in site.asked if "StartTime" in line] == [
         "scontrol update JobId=12 StartTime=now+150"
     ]

@@ -2,17 +2,18 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from slurm import attempts, job_files, supervisor
-from slurm.attempts import Care
+from slurm import attempts, supervisor
+from slurm.attempts import AttemptEnd
+from slurm.supervision import AttemptLog, Supervision
 from tests.conftest import PROJECT_ROOT
 from tests.slurm.test_local_jobs import until
 
 JOB = "12"
+KILLED_AT_LIMIT = "time limit: killed before it could save"
 AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=1"
 
 
@@ -36,14 +37,21 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return asked
 
 
-def care(folder: Path) -> Care:
-    return Care(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
+def opened(folder: Path, max_restarts: int = 3) -> AttemptLog:
+    supervision = Supervision(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
+    return AttemptLog(folder, JOB, supervision, max_restarts)
 
 
 def begin(folder: Path) -> None:
-    attempts.begin(
-        folder, JOB, ["n1"], time.time(), "TIMEOUT", attempts.newest(care(folder).progress)
-    )
+    log = opened(folder)
+    log.settle("TIMEOUT")
+    log.begin(["n1"])
+
+
+def last_end(folder: Path) -> AttemptEnd:
+    end = attempts.read(folder, JOB)[-1].end
+    assert end is not None
+    return end
 
 
 def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(
@@ -51,14 +59,15 @@ def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(
 ) -> None:
     for again in (True, False):
         begin(tmp_path)
-        supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=1)
-        last = attempts.read(tmp_path, JOB)[-1]
-        assert (last.cause, last.restarts) == ("time limit", again)
-        assert last.why.startswith("killed at the time limit, before it could save")
+        supervisor.at_limit(opened(tmp_path, 1))
+        last = last_end(tmp_path)
+        assert (last.cause, last.restarts, last.saved) == ("time limit", again, False)
+        assert last.reason.startswith(KILLED_AT_LIMIT)
         # SLURM signals more than once.
-        supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=1)
+        supervisor.at_limit(opened(tmp_path, 1))
         assert asked.read_text() == f"requeue {JOB}\n"
-    assert "2 tries in a row brought no new checkpoint" in last.why
+    assert last.without_progress == 2
+    assert last.reason.endswith("; 2 attempts in a row brought no new checkpoint")
 
 
 def test_no_rank_could_write_down_the_time_limit_so_the_next_try_does(
@@ -66,9 +75,9 @@ def test_no_rank_could_write_down_the_time_limit_so_the_next_try_does(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     begin(tmp_path)
-    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    assert supervisor.before(tmp_path, care(tmp_path)) == 0
-    assert (tmp_path / "noted").read_text() == f"{attempts.KILLED_AT_LIMIT}, restarts True\n"
+    supervisor.at_limit(opened(tmp_path, 3))
+    assert supervisor.before(opened(tmp_path)) == 0
+    assert (tmp_path / "noted").read_text() == f"{KILLED_AT_LIMIT}, restarts True\n"
     assert [one.cause for one in attempts.read(tmp_path, JOB)] == ["time limit", None]
 
 
@@ -85,36 +94,36 @@ def test_what_else_slurm_ends_is_none_of_its_business(
 ) -> None:
     begin(tmp_path)
     (tmp_path / "details").write_text(details)
-    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    supervisor.at_limit(opened(tmp_path, 3))
     assert attempts.read(tmp_path, JOB)[-1].ended is None
     assert asked.read_text() == ""
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "cause", "again"),
+    ("status", "signals", "cause", "again"),
     [
-        ("finished", "", "finished", False),
-        ("failed", "not finite at step 3", "failed", False),
-        ("stopped", "SIGUSR2 at step 9, saved", "time limit", True),
+        ("finished", [], "finished", False),
+        ("failed", [], "failed", False),
+        ("stopped", ["SIGUSR2"], "time limit", True),
     ],
 )
 def test_at_the_time_limit_the_ranks_own_word_counts(
-    asked: Path, tmp_path: Path, status: str, reason: str, cause: str, again: bool
+    asked: Path, tmp_path: Path, status: str, signals: list[str], cause: str, again: bool
 ) -> None:
     begin(tmp_path)
-    result = {"status": status, "reason": reason}
-    job_files.result_file(tmp_path, JOB).write_text(json.dumps(result))
-    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
-    last = attempts.read(tmp_path, JOB)[-1]
+    result = {"status": status, "reason": "at step 9", "signals": signals}
+    attempts.result_file(tmp_path, JOB).write_text(json.dumps(result))
+    supervisor.at_limit(opened(tmp_path, 3))
+    last = last_end(tmp_path)
     assert (last.cause, last.restarts) == (cause, again)
-    assert last.why != attempts.KILLED_AT_LIMIT
+    assert last.reason != KILLED_AT_LIMIT
     assert bool(asked.read_text()) == again
 
 
 def test_a_cancelled_job_is_not_revived_by_its_time_limit(asked: Path, tmp_path: Path) -> None:
     begin(tmp_path)
     attempts.mark_cancelled(tmp_path, JOB)
-    supervisor.at_limit(tmp_path, care(tmp_path), max_restarts=3)
+    supervisor.at_limit(opened(tmp_path, 3))
     assert attempts.read(tmp_path, JOB)[-1].cause == "cancelled"
     assert asked.read_text() == ""
 
@@ -138,15 +147,15 @@ def test_only_the_present_running_try_may_requeue(
     begin(tmp_path)
     (tmp_path / "details").write_text(details)
     if word is not None:
-        result = {"status": word, "reason": "SIGTERM at step 9, saved"}
-        job_files.result_file(tmp_path, JOB).write_text(json.dumps(result))
-    supervisor.after(tmp_path, care(tmp_path), 1, max_restarts=3)
+        result = {"status": word, "reason": "at step 9", "signals": ["SIGTERM"]}
+        attempts.result_file(tmp_path, JOB).write_text(json.dumps(result))
+    supervisor.after(opened(tmp_path, 3), 1)
     assert asked.read_text() == (f"requeue {JOB}\n" if requeued else "")
 
 
 def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: Path) -> None:
     """The script's own lines around a stand-in for srun that, like SLURM, signals all and then waits."""
-    before, after = supervisor.script_lines(tmp_path, care(tmp_path), 3)
+    before, after = supervisor.script_lines(tmp_path, opened(tmp_path).supervision, 3)
     begin(tmp_path)
     ready = 'until grep -q sigtimedwait "/proc/$watcher/wchan"; do sleep 0.1; done'
     signals = f'echo "$watcher" >{tmp_path}/pid; kill -TERM "$watcher" $$'
@@ -158,4 +167,4 @@ def test_the_batch_script_is_watched_and_leaves_nothing(asked: Path, tmp_path: P
     assert asked.read_text() == f"requeue {JOB}\n"
     watcher = int((tmp_path / "pid").read_text())
     until(lambda: not Path(f"/proc/{watcher}").exists())
-    assert attempts.read(tmp_path, JOB)[-1].why == attempts.KILLED_AT_LIMIT
+    assert last_end(tmp_path).reason == KILLED_AT_LIMIT

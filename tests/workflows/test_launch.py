@@ -20,7 +20,7 @@ from cvae.errors import UserError
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from slurm import attempts
-from slurm.job_files import log_file
+from slurm.attempts import log_file
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from tests.helpers import ranks
 from workflows import launch, runs

@@ -247,7 +247,7 @@ def failure_facts(run: RunDirectory) -> list[Fact]:
     if failure is None:
         return [("logs", shown(run.logs))]
     return [
-        ("went first", str(failure)),
+        ("cause" if failure.end.rank is None else "went first", str(failure)),
         (f"log {failure.rank}", "\n".join([shown(failure.log), *failure.tail])),
     ]
 

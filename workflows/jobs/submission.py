@@ -17,11 +17,11 @@ from cvae.run import code_snapshot, journal
 from cvae.run.code_snapshot import Snapshot
 from cvae.run.directory import RunDirectory
 from slurm import attempts, executors, job_state
-from slurm.attempts import Care
 from slurm.cluster_file import Place, Placement
 from slurm.commands import JobState
 from slurm.executors import Job
 from slurm.job_state import Submission
+from slurm.supervision import Supervision
 from workflows.jobs.run_state import run_state, submissions
 from workflows.terminal.formatting import shown
 
@@ -35,12 +35,12 @@ AFTER_IN_SWEEP = "cvae.training.record_failure:journal_bad_end"
 def job_of(run: RunDirectory, code: Path, part_of_sweep: bool = False) -> Job:
     """code: the snapshot that it is to run. part_of_sweep: it ends with this process, which tells MLflow."""
     after = AFTER_IN_SWEEP if part_of_sweep else AFTER
-    care = Care(str(run.checkpoints / "step-*"), after, str(run.path))
+    supervision = Supervision(str(run.checkpoints / "step-*"), after, str(run.path))
     environment = {**training_environment(), **job_environment(code)}
     if part_of_sweep and submissions(run):
         # A host that was lost may still hold the run's lock for a while.
         environment["CVAE_RESTARTED"] = "1"
-    job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), environment, care)
+    job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), environment, supervision)
     return job._replace(ends_with=os.getpid()) if part_of_sweep else job
 
 

@@ -1,11 +1,14 @@
 """The story of a run: every try, where it ran, how far it came, why it ended and what that cost."""
 
+from dataclasses import replace
+
 from cvae.run.directory import RunDirectory
 from cvae.run.journal_lines import Line
 from slurm import attempts
-from slurm.attempts import Try
+from slurm.attempts import Attempt
 from slurm.cluster_file import count
 from slurm.commands import JobState
+from slurm.failure_diagnosis import diagnose_unrecorded
 from workflows.jobs.run_state import submissions
 from workflows.terminal.formatting import clock, duration
 
@@ -14,18 +17,17 @@ _NODES_SHOWN = 8
 
 def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
     """One line a try, oldest first; none before the first. job: where the last submission is now."""
-    told: list[Try] = []
+    told: list[Attempt] = []
     last = ""
     for submission in submissions(run):
         told += attempts.read(run.logs, submission.job_id)
         last = submission.job_id
     if not told:
         return []
-    if told and told[-1].ended is None and job.phase == "ended":
-        told[-1] = attempts.unwatched(run.logs, last, told[-1], told[-1].began, job.word)
-    if told and told[-1].requeue == "asked" and job.phase == "ended":
-        refusal = "SLURM was asked to do so and has not"
-        told[-1] = attempts.answered(told, refusal)[-1]
+    if job.phase == "ended" and told[-1].end is None:
+        told[-1] = replace(told[-1], end=diagnose_unrecorded(run.logs, last, told[-1], job.word))
+    elif job.phase == "ended" and told[-1].end and told[-1].end.requeue == "asked":
+        told[-1] = attempts.answered(told[-1], "SLURM was asked to requeue it and has not")
     ends = [one.began for one in told[1:]] + [float("inf")]
     stretches = [
         _stretch([line for line in lines if one.began <= line["time"] < end])
@@ -49,7 +51,7 @@ def _stretch(lines: list[Line]) -> tuple[int, int] | None:
     return start, max([start, *steps])
 
 
-def _words(number: int, one: Try, stretch: tuple[int, int] | None, resumed: int | None) -> str:
+def _words(number: int, one: Attempt, stretch: tuple[int, int] | None, resumed: int | None) -> str:
     shown = one.nodes[:_NODES_SHOWN]
     more = f" and {len(one.nodes) - len(shown)} more" if len(one.nodes) > len(shown) else ""
     parts = [f"{number}: {clock(one.began)} on {', '.join(shown)}{more}"]
@@ -57,11 +59,11 @@ def _words(number: int, one: Try, stretch: tuple[int, int] | None, resumed: int 
         parts.append(f"step {stretch[0]:,} to {stretch[1]:,}")
     if one.ended is not None and one.ended > one.began:
         parts.append(f"after {duration(one.ended - one.began)}")
-    parts.append("running" if one.cause is None else one.why or one.cause)
+    parts.append("running" if one.end is None else one.end.reason)
     if stretch is not None and resumed is not None and stretch[1] > resumed:
         parts.append(f"{count(stretch[1] - resumed, 'step')} lost")
-    if one.excluded:
-        parts.append(f"next without {', '.join(one.excluded)}")
-    if one.requeue == "refused":
-        parts.append(one.follows)
+    if one.end is not None and one.end.excluded:
+        parts.append(f"next without {', '.join(one.end.excluded)}")
+    if one.end is not None and one.end.requeue == "refused":
+        parts.append(one.end.outlook)
     return "; ".join(parts)

@@ -197,9 +197,9 @@ def ending(sweep: SweepDirectory, trials: list[Trial], job: JobState) -> str:
         report = f"python analysis/report.py --sweep {sweep.name} --out reports/{sweep.name}"
         facts.append(("report", report))
     if not is_finished(sweep):
-        told_tries = attempts.read(sweep.logs, sweep.submissions()[-1].job_id)
-        if told_tries and told_tries[-1].why:
-            facts.append(("why", told_tries[-1].why))
+        earlier = attempts.read(sweep.logs, sweep.submissions()[-1].job_id)
+        if earlier and earlier[-1].end is not None:
+            facts.append(("why", earlier[-1].end.reason))
         facts.append(("logs", str(sweep.logs)))
         facts.append(("continue", f"python workflows/sweep.py --resume {sweep.name}"))
     mlflow = f"{open_mlflow()}\nits runs stand below the parent {sweep.name}"

@@ -11,10 +11,10 @@ from cvae.files import paths
 from cvae.run import code_snapshot
 from cvae.run.code_snapshot import Snapshot
 from slurm import executors, job_state, ray_cluster
-from slurm.attempts import Care
 from slurm.cluster_file import Place, Placement, count
 from slurm.executors import Job
 from slurm.job_state import Submission
+from slurm.supervision import Supervision
 from workflows.jobs.follow import open_mlflow
 from workflows.jobs.submission import interrupts_wait, job_environment
 from workflows.sweeps.directory import SweepDirectory, shown
@@ -113,9 +113,11 @@ def job_of(sweep: SweepDirectory, seats: Seats, address: str | None, code: Path)
     environment = job_environment(code)
     if address is None:
         environment |= ray_cluster.write_token(sweep.path) if sweep.path.exists() else {}
-    care = Care(str(sweep.path / "progress-*"))
+    supervision = Supervision(str(sweep.path / "progress-*"))
     target = "slurm.ray_cluster:run"
-    return Job(sweep.name, sweep.logs, target, arguments, environment, care, once_per_node=True)
+    return Job(
+        sweep.name, sweep.logs, target, arguments, environment, supervision, once_per_node=True
+    )
 
 
 def sbatch_script(name: str, seats: Seats) -> str | None:

@@ -13,6 +13,8 @@ from cvae.training.record_failure import note_bad_end
 from tests.conftest import tiny_experiment
 from tests.helpers.ranks import lines
 
+KILLED = "rank 1 on n2: Killed"
+
 
 @pytest.fixture
 def run(home: Path) -> RunDirectory:
@@ -25,7 +27,7 @@ def run(home: Path) -> RunDirectory:
 
 
 def test_the_cause_becomes_the_journals_last_line(run: RunDirectory) -> None:
-    note_bad_end(str(run.path), "rank 3 on n2: Killed", restarts=True)
+    note_bad_end(str(run.path), "rank 3 on n2: Killed", "", restarts=True)
     (end,) = lines(run, "end")
     assert (end["status"], end["step"], end["reason"]) == ("failed", 57, "rank 3 on n2: Killed")
 
@@ -45,17 +47,18 @@ def test_what_goes_on_tells_mlflow_itself(
             return 0
 
     monkeypatch.setattr(mlflow_mirror, "start_mirror", Mirror)
-    note_bad_end(str(run.path), "boom", restarts)
+    note_bad_end(str(run.path), "boom", "", restarts)
     assert told == [run.path] * (not restarts)
 
 
 def test_what_rank_0_has_said_is_not_said_again(run: RunDirectory) -> None:
-    for reason in ("no such store", "rank 1 on n2: no such store", "rank 1 on n2: Killed"):
-        note_bad_end(str(run.path), reason, restarts=True)
-    assert [end["reason"] for end in lines(run, "end")] == ["no such store", "rank 1 on n2: Killed"]
+    missing = "no such store"
+    for reason, message in ((missing, ""), (f"rank 1 on n2: {missing}", missing), (KILLED, "")):
+        note_bad_end(str(run.path), reason, message, restarts=True)
+    assert [end["reason"] for end in lines(run, "end")] == [missing, KILLED]
 
 
 def test_a_rank_that_lives_on_out_of_reach_is_the_only_writer(run: RunDirectory) -> None:
     with file_lock(run.path / "train.lock"):
-        note_bad_end(str(run.path), "node n1 failed", restarts=True)
+        note_bad_end(str(run.path), "node n1 failed", "", restarts=True)
     assert lines(run, "end") == []

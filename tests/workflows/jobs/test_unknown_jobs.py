@@ -109,7 +109,7 @@ def test_runs_are_listed_and_shown_without_squeue(
     site: Site, run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site.lacks("squeue")
-    attempts.begin(run.logs, "12", ["n1"], 1.0, "", "")
+    attempts.write(run.logs, "12", [attempts.Attempt(1, 1.0, ["n1"])])
     assert runs.main(["list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert listed[1].split()[:2] == ["r", "unknown"]

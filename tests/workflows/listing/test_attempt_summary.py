@@ -9,8 +9,8 @@ import pytest
 from cvae.config.experiment import Experiment
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
-from slurm import attempts, job_files
-from slurm.attempts import Try
+from slurm import attempts
+from slurm.attempts import Attempt, AttemptEnd, Cause
 from slurm.commands import JobState
 from tests.conftest import tiny_experiment
 from workflows.listing.attempt_summary import story
@@ -30,8 +30,11 @@ def run(home: Path) -> RunDirectory:
     )
     run.journal_file.write_text(text)
     nodes = [f"n{number}" for number in range(10)]
-    crash = Try(1, 10.0, nodes, 31.0, "crash", "rank 3 on n1: Killed", "n1", "", True, ["n1"])
-    attempts.write(run.logs, "12", [crash, Try(2, 50.0, ["n2"])])
+    crash = AttemptEnd(
+        Cause.CRASH, "n1", rank=3, signals=("SIGKILL",), restarts=True, excluded=("n1",)
+    )
+    first = Attempt(1, 10.0, nodes, 31.0, crash)
+    attempts.write(run.logs, "12", [first, Attempt(2, 50.0, ["n2"])])
     return run
 
 
@@ -42,7 +45,7 @@ def told(run: RunDirectory, job: JobState) -> list[str]:
 def test_where_how_far_why_and_what_was_lost(run: RunDirectory) -> None:
     first, second = told(run, JobState("running", "RUNNING"))
     assert "on n0, n1, n2, n3, n4, n5, n6, n7 and 2 more" in first
-    for words in ("step 0 to 90", "after 21 s", "rank 3 on n1: Killed", "10 steps lost"):
+    for words in ("step 0 to 90", "after 21 s", "rank 3 on n1: killed (SIGKILL)", "10 steps lost"):
         assert words in first
     assert first.endswith("next without n1")
     assert second.endswith("on n2; step 80 to 80; running")
@@ -50,22 +53,23 @@ def test_where_how_far_why_and_what_was_lost(run: RunDirectory) -> None:
 
 def test_a_try_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
     result = {"status": "stopped", "reason": "SIGTERM at step 99, saved"}
-    job_files.result_file(run.logs, "12").write_text(json.dumps(result))
+    attempts.result_file(run.logs, "12").write_text(json.dumps(result))
     last = told(run, JobState("ended", "CANCELLED"))[-1]
-    assert last.endswith("cancelled in SLURM; SIGTERM at step 99, saved")
+    assert last.endswith("cancelled in SLURM: SIGTERM at step 99, saved")
 
 
 def test_a_requeue_that_slurm_refused_or_never_answered(run: RunDirectory) -> None:
     first, second = attempts.read(run.logs, "12")
-    second = replace(second, ended=60.0, cause="crash", why="boom", restarts=True, requeue="asked")
+    crash = AttemptEnd(Cause.CRASH, message="boom", restarts=True, requeue="asked")
+    second = replace(second, ended=60.0, end=crash)
     attempts.write(run.logs, "12", [first, second])
     assert told(run, JobState("queued", "PENDING"))[-1].endswith("; boom")
     last = told(run, JobState("ended", "FAILED"))[-1]
-    assert "it was to be tried again, but SLURM was asked to do so and has not" in last
-    attempts.write(run.logs, "12", attempts.answered([first, second], "SLURM says: disabled"))
+    assert "it should have restarted, but SLURM was asked to requeue it and has not" in last
+    attempts.write(run.logs, "12", [first, attempts.answered(second, "SLURM says: disabled")])
     last = told(run, JobState("ended", "FAILED"))[-1]
     assert last.endswith(
-        "boom; it was to be tried again, but SLURM says: disabled; it can be resumed by hand"
+        "boom; it should have restarted, but SLURM says: disabled; resume it by hand"
     )
 
 
