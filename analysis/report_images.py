@@ -15,7 +15,8 @@ from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.inference import reconstruct, sample, sample_rows
-from cvae.sampling.sampler import TrainedModel, load_run
+from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,8 @@ import numpy as np
 
 from cvae.errors import UserError
 from cvae.sampling.inference import Images
-from cvae.sampling.sampler import TrainedModel, load_export
+from cvae.sampling.sampler import load_export
+from cvae.sampling.trained_model import TrainedModel
 
 
 class Drawing:

@@ -19,7 +19,7 @@ from cvae import command_line
 from cvae.command_line import Parser, positive
 from cvae.errors import UserError
 from cvae.files.output_folder import check_file
-from cvae.sampling.export_format import locate
+from cvae.sampling.export_format import find_model
 from workflows.terminal import formatting as text
 
 _MOST = 100
@@ -75,18 +75,18 @@ def main(arguments: list[str]) -> int:
     for number, caption in enumerate(options.captions, 1):
         if not caption.strip():
             which = f"caption {number} of {len(options.captions)}"
-            raise UserError(f"{which} is empty; say what is to be drawn")
+            raise UserError(f"{which} is empty; say what to draw")
     if options.out is not None:
         _check_out(options.out)
-    found = [locate(name) for name in (options.run, *(options.latent_map or []))]
+    models = [find_model(name) for name in (options.run, *(options.latent_map or []))]
 
     # Only now: torch takes seconds to import, and a typing error is answered at once.
-    from cvae.sampling.sampler import open_found
+    from cvae.sampling.sampler import load
     from workflows import generate_figures
 
     # A note, as "checkpoint … is damaged", and not a library's line of source code.
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-    trained = [open_found(place) for place in found]
+    trained = [load(model) for model in models]
     if options.seed is not None:
         trained[0] = replace(trained[0], seed=options.seed)
     if options.latent_map is not None:

@@ -19,7 +19,7 @@ from cvae.sampling.grids import labelled_grid, shrink, widest
 from cvae.sampling.inference import sample
 from cvae.sampling.lettering import without_font
 from cvae.sampling.pictures import reconstruction_grid, write_png
-from cvae.sampling.sampler import TrainedModel
+from cvae.sampling.trained_model import TrainedModel
 from workflows.terminal.formatting import aligned
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from cvae.errors import UserError
 from cvae.sampling.grids import MARGIN, PAPER, enlarge
 from cvae.sampling.inference import sample
 from cvae.sampling.lettering import FONT_SIZE, TEXT, font, wrap, write_lines
-from cvae.sampling.sampler import TrainedModel
+from cvae.sampling.trained_model import TrainedModel
 
 N_SCENES = 32
 _COLUMNS = 4

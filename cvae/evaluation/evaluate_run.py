@@ -30,7 +30,8 @@ from cvae.run.journal import Journal
 from cvae.run.training_lock import exclusively
 from cvae.sampling import pictures
 from cvae.sampling.inference import is_finite, sample
-from cvae.sampling.sampler import TrainedModel, load_run
+from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 
 _SAMPLES_PER_CLASS = 200
 _TOLD_EVERY_S = 1.0

@@ -15,7 +15,7 @@ from cvae.data.store import Split
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
 from cvae.sampling.inference import AdaptiveBatches, images_at_once
-from cvae.sampling.sampler import TrainedModel
+from cvae.sampling.trained_model import TrainedModel
 
 Advance = Callable[[float], object]
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cvae.errors import UserError
 from cvae.progress import progress_bar
 from cvae.sampling.inference import encode
-from cvae.sampling.sampler import TrainedModel
+from cvae.sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -43,7 +43,8 @@ from cvae.sampling.export_format import (
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.model_card import model_card
 from cvae.sampling.pictures import write_png
-from cvae.sampling.sampler import TrainedModel, load_run
+from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 
 # Samples for the card: of a large model fewer, which on a CPU take minutes.
 _SAMPLES, _FEW, _LARGE = 8, 4, 50_000_000

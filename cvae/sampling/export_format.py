@@ -109,7 +109,7 @@ class ExportedModel(_Block):
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def locate(name: str) -> RunDirectory | Path:
+def find_model(name: str) -> RunDirectory | Path:
     """The run (by name, folder, or "latest") or the exported folder. Raises UserError where there is neither."""
     folder = Path(name).resolve()
     if name not in {LATEST, *(run.name for run in all_runs())} and folder.is_dir():

@@ -118,7 +118,7 @@ def _use(exported: ExportedModel, experiment: Experiment, prompts: Sequence[str]
     )
     return (
         f"{command}In Python:\n\n"
-        "    from cvae.sampling.sampler import load\n\n"
+        "    from cvae.sampling import load\n\n"
         '    model = load("FOLDER")\n'
         f"    images = model.draw({asked}, 8)  # uint8 {_shape(exported)}\n\n"
         f"FOLDER is the folder of this file. It holds all that drawing takes{included}; no network, MLflow,"

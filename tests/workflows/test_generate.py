@@ -24,7 +24,7 @@ def test_a_mistake_is_one_line_and_status_2(tiny_store: Path) -> None:
     command = [sys.executable, script, "mine", "low", " "]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: caption 2 of 2 is empty; say what is to be drawn\n"
+    assert done.stderr == "error: caption 2 of 2 is empty; say what to draw\n"
     assert done.stdout == ""
 
 
@@ -163,7 +163,7 @@ def test_captions_of_every_kind(
     notes = [line for line in noted.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert (
-        "reads 32 tokens; what follows them is not drawn in “red red red red red red …”" in notes[0]
+        "the text encoder reads only the first 32 tokens of “red red red red red red …”" in notes[0]
     )
     main(["tiny", *(f"dog {n}" for n in range(100)), "-n", "2", "--out", str(tmp_path / "b.png")])
     assert 100 * 32 < Image.open(tmp_path / "b.png").height < 9000

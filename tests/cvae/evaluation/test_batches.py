@@ -17,7 +17,8 @@ from cvae.evaluation.latents import active_units, probe
 from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.models.cvae import Cvae
 from cvae.sampling import inference
-from cvae.sampling.sampler import TrainedModel, load_run
+from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 from tests.helpers.trained_runs import make_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)

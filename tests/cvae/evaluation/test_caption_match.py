@@ -10,7 +10,8 @@ from cvae.data.store import Manifest, Split
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match, distinct_scenes, match_grid, nearest
 from cvae.models.cvae import Cvae
-from cvae.sampling.sampler import TrainedModel, load_run
+from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 from tests.helpers.trained_runs import make_run
 
 

@@ -11,15 +11,16 @@ from cvae.data.store import Manifest
 from cvae.errors import UserError
 from cvae.models.cvae import build_model
 from cvae.run.directory import RunDirectory
-from cvae.sampling import inference, sampler
+from cvae.sampling import inference
 from cvae.sampling.inference import decode, reconstruct, sample
 from cvae.sampling.sampler import load_run
+from cvae.sampling.trained_model import TrainedModel
 from tests.conftest import TEXT_DIM, tiny_experiment
 from tests.helpers.trained_runs import encode_with, make_run, save_weights
 
 
 @pytest.fixture
-def labelled(tiny_store: Path) -> sampler.TrainedModel:
+def labelled(tiny_store: Path) -> TrainedModel:
     return load_run(make_run())
 
 
@@ -49,7 +50,7 @@ def test_weights_that_do_not_fit_the_prepared_data_are_one_line(tiny_store: Path
         load_run(run)
 
 
-def test_one_prompt_and_one_noise_are_one_image(labelled: sampler.TrainedModel) -> None:
+def test_one_prompt_and_one_noise_are_one_image(labelled: TrainedModel) -> None:
     first = labelled.draw(["low", "high"], 3)
     assert first.shape == (2, 3, 1, 16, 16)
     assert first.dtype == np.uint8
@@ -61,12 +62,12 @@ def test_one_prompt_and_one_noise_are_one_image(labelled: sampler.TrainedModel) 
 
 
 @pytest.mark.parametrize("prompt", ["MIDDLE", " middle ", 1, "1"])
-def test_a_class_goes_by_name_or_number(labelled: sampler.TrainedModel, prompt: str | int) -> None:
+def test_a_class_goes_by_name_or_number(labelled: TrainedModel, prompt: str | int) -> None:
     assert labelled.condition([prompt]).tolist() == [[0, 1, 0]]
     assert labelled.labels([prompt]) == ["middle"]
 
 
-def test_an_unknown_class_is_answered_with_the_nearest(labelled: sampler.TrainedModel) -> None:
+def test_an_unknown_class_is_answered_with_the_nearest(labelled: TrainedModel) -> None:
     with pytest.raises(UserError, match="'midle' is no class of tiny; did you mean middle"):
         labelled.draw(["midle"], 1)
     with pytest.raises(UserError, match="its classes are low, middle, high"):
@@ -111,14 +112,14 @@ def test_draws_come_from_the_runs_own_prior(tiny_captioned_store: Path) -> None:
     assert not np.array_equal(sample(cvae, noise, condition), decode(cvae, noise, condition))
 
 
-def test_arrays_and_prompts_of_one_image_each(labelled: sampler.TrainedModel) -> None:
+def test_arrays_and_prompts_of_one_image_each(labelled: TrainedModel) -> None:
     images = np.array(labelled.data.val.images[:3])
     z = labelled.encode(images, [0, 1, 2])
     assert z.shape == (3, 4)
     assert z.dtype == np.float32
     whole = labelled.reconstruct(images, ["low", "middle", "high"])
     assert np.array_equal(labelled.decode(z, [0, 1, 2]), whole)
-    with pytest.raises(UserError, match="3 rows need as many prompts, not 2"):
+    with pytest.raises(UserError, match="3 rows need 3 prompts, not 2"):
         labelled.reconstruct(images, [0, 1])
     with pytest.raises(
         UserError, match=r"takes uint8 images \(B, 1, 16, 16\), not float32 \(3, 4\)"
@@ -127,7 +128,7 @@ def test_arrays_and_prompts_of_one_image_each(labelled: sampler.TrainedModel) ->
     for prompts in (None, [], "low"):
         with pytest.raises(UserError, match="tiny draws from classes; give a list of them"):
             labelled.draw(prompts, 2)
-    with pytest.raises(UserError, match="1 is the least"):
+    with pytest.raises(UserError, match="the minimum is 1"):
         labelled.draw(["low"], 0)
 
 
@@ -136,9 +137,7 @@ def test_a_run_without_condition_draws_for_nothing(tiny_store: Path) -> None:
     assert trained.draw(None, 5).shape == (1, 5, 1, 16, 16)
 
 
-def test_parts_make_no_difference(
-    labelled: sampler.TrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_make_no_difference(labelled: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.arange(21)
     images = labelled.data.val.images[rows]
     condition = labelled.data.condition(labelled.data.val, rows, np.zeros(21))

@@ -18,7 +18,7 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
-from cvae.sampling import sampler
+from cvae.sampling import trained_model
 from cvae.sampling.export import write_model
 from cvae.sampling.sampler import load, load_run
 from cvae.tracking import mlflow_state
@@ -99,8 +99,8 @@ def test_captions_in_images_out(
         loads.append(name)
         return load_encoder(name, precision)
 
-    monkeypatch.setattr(sampler, "load_encoder", counted)
-    sampler._loaded.cache_clear()
+    monkeypatch.setattr(trained_model, "load_encoder", counted)
+    trained_model._load_encoder_once.cache_clear()
     drawn = model.predict(captions)
     assert np.array_equal(drawn, load_run(run).draw(captions, 1))
     for seed in (1, 2):
