@@ -29,7 +29,7 @@ from cvae.files.checksums import sha256_of_file
 from cvae.metrics import METRIC_GROUPS, unit
 from cvae.progress import progress_bar
 from cvae.run import journal
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory
 from slurm import cluster_file, job_state
 from slurm.cluster_file import Place, Placement, TimeLimit
@@ -116,7 +116,7 @@ def _run(requests: list[EvaluationRequest], place: Place, placement: Placement, 
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / "progress.json"
     progress.unlink(missing_ok=True)
-    environment = job_environment(Snapshot().write())
+    environment = job_environment(CodeSnapshot().write())
     arguments = ([asdict(request) for request in requests], progress)
     job = Job("evaluate", folder, EVALUATE, arguments, environment)
     with submitted(job, place, placement, gpus, kept="what was measured is kept") as submission:

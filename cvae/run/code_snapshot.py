@@ -67,7 +67,7 @@ def sources(root: Path) -> dict[str, bytes]:
     }
 
 
-class Snapshot:
+class CodeSnapshot:
     """The code of this process, held until write() makes a folder of it. Made from a snapshot it is that one."""
 
     def __init__(self, root: Path = paths.PROJECT_ROOT) -> None:

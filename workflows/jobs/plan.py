@@ -7,7 +7,7 @@ from cvae.config.experiment import Experiment, Training
 from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.files import paths
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory, check_new_name
 from slurm import cluster_file, executors
 from slurm.cluster_file import UNASKED, Place, Placement, TimeLimit, count
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
     @property
     def job(self) -> Job:
-        return job_of(RunDirectory(paths.runs_dir() / self.name), Snapshot().path)
+        return job_of(RunDirectory(paths.runs_dir() / self.name), CodeSnapshot().path)
 
     def text(self) -> str:
         return aligned(self.facts)

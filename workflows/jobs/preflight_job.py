@@ -10,7 +10,7 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.preflight.checks import Facts, size
 from cvae.preflight.inspection import EXPERIMENT_FILE, REPORT_FILE, Report
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from slurm import job_state
 from slurm.cluster_file import Placement, TimeLimit, count
 from slurm.executors import Job
@@ -49,7 +49,7 @@ def preflight(
             paths.write_atomically(folder / EXPERIMENT_FILE, text)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    job = Job("preflight", folder, ALONE, (folder,), job_environment(Snapshot().write()))
+    job = Job("preflight", folder, ALONE, (folder,), job_environment(CodeSnapshot().write()))
     report_file, display, warnings = folder / REPORT_FILE, Display(), []
     try:
         result = run_and_wait(

@@ -9,7 +9,7 @@ from cvae.files import paths
 from cvae.preparation.part_workers import Plan
 from cvae.preparation.store_writer import locked
 from cvae.progress import progress_bar
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from slurm import job_state
 from slurm.cluster_file import Place, Placement, TimeLimit
 from slurm.commands import DONE, JobState
@@ -69,7 +69,7 @@ def _run(plan: Plan, place: Place, placement: Placement, gpus: int) -> None:
     plan.write()
     logs = _submission_file(plan.folder).parent
     logs.mkdir(exist_ok=True)
-    job = Job("prepare", logs, FILL, (plan.folder,), job_environment(Snapshot().write()))
+    job = Job("prepare", logs, FILL, (plan.folder,), job_environment(CodeSnapshot().write()))
 
     def note(submission: Submission) -> None:
         paths.write_atomically(_submission_file(plan.folder), submission.model_dump_json())

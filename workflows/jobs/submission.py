@@ -14,7 +14,7 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.files.file_lock import file_lock
 from cvae.run import code_snapshot, journal
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory
 from slurm import attempts, executors, job_state
 from slurm.cluster_file import Place, Placement
@@ -109,7 +109,7 @@ def submit(
         if state.job.phase == "unknown" and not (force or part_of_sweep):
             raise UserError(unknown(run.name, submissions(run)[-1], state.job))
         offset = journal.read(run.journal_file)[1]
-        code = Snapshot().write()
+        code = CodeSnapshot().write()
         code_snapshot.link(run.path, code)
         with interrupts_wait():
             submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)

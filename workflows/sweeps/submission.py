@@ -9,7 +9,7 @@ from cvae.data.experiment_data import open_data
 from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run import code_snapshot
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from slurm import executors, job_state, ray_cluster
 from slurm.cluster_file import Place, Placement, count
 from slurm.executors import Job
@@ -90,7 +90,7 @@ def _trials(loaded: Loaded) -> str:
 
 def submit(sweep: SweepDirectory, seats: Seats, address: str | None) -> Submission:
     """Raises UserError where SLURM refuses the job."""
-    code = Snapshot().write()
+    code = CodeSnapshot().write()
     code_snapshot.link(sweep.path, code)
     job = job_of(sweep, seats, address, code)
     with interrupts_wait():
@@ -124,7 +124,7 @@ def sbatch_script(name: str, seats: Seats) -> str | None:
     """What submit() would hand to sbatch; None where that is not SLURM."""
     if seats.place.config.executor != "slurm":
         return None
-    job = job_of(SweepDirectory(paths.sweeps_dir() / name), seats, None, Snapshot().path)
+    job = job_of(SweepDirectory(paths.sweeps_dir() / name), seats, None, CodeSnapshot().path)
     return executors.sbatch_script(job, seats.place.config, seats.placement)
 
 

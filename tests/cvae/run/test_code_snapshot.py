@@ -9,7 +9,7 @@ import pytest
 
 from cvae.errors import UserError
 from cvae.run import code_snapshot
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -42,7 +42,7 @@ def test_commit_and_patch_make_the_snapshot_and_the_checkout_stays_as_it_was(
     checkout: Path, home: Path
 ) -> None:
     before = git(checkout, "status", "--porcelain")
-    path = Snapshot(checkout).write()
+    path = CodeSnapshot(checkout).write()
     assert git(checkout, "status", "--porcelain") == before
 
     snapshot = code_snapshot.read(path)
@@ -61,30 +61,30 @@ def test_commit_and_patch_make_the_snapshot_and_the_checkout_stays_as_it_was(
 
 
 def test_equal_code_is_kept_once(checkout: Path, home: Path) -> None:
-    first = Snapshot(checkout)
+    first = CodeSnapshot(checkout)
     path = first.write()
-    assert Snapshot(checkout).write() == path
+    assert CodeSnapshot(checkout).write() == path
     # A job that submits another hands on what it runs itself.
-    assert Snapshot(path).write() == path
+    assert CodeSnapshot(path).write() == path
     assert [folder.name for folder in (home / "code").iterdir()] == [path.name]
 
     git(checkout, "commit", "-qam", "second")  # the same sources, to be found under another commit
-    second = Snapshot(checkout)
+    second = CodeSnapshot(checkout)
     assert (second.path != path, second.source) == (True, first.source)
     (checkout / "cvae/one.py").write_text("")
-    assert Snapshot(checkout).source != first.source
+    assert CodeSnapshot(checkout).source != first.source
 
 
 def test_an_edited_snapshot_is_refused(checkout: Path) -> None:
-    path = Snapshot(checkout).write()
+    path = CodeSnapshot(checkout).write()
     (path / "cvae/one.py").write_text("edited")
     with pytest.raises(UserError, match=r"was edited, but runs rely on it"):
-        Snapshot(checkout).write()
+        CodeSnapshot(checkout).write()
 
 
 def test_without_git_there_is_a_snapshot_too(checkout: Path) -> None:
     (checkout / ".git").rename(checkout / "no-git")
-    snapshot = code_snapshot.read(Snapshot(checkout).write())
+    snapshot = code_snapshot.read(CodeSnapshot(checkout).write())
     assert (snapshot.commit, snapshot.uncommitted_changes) == (None, False)
 
 
@@ -102,6 +102,6 @@ def test_what_no_run_links_to_goes_after_a_month(checkout: Path, home: Path) -> 
     assert (run / "code" / kept.name / "cvae/one.py").read_text() == "0"
 
 
-def _changed(checkout: Path, n: int) -> Snapshot:
+def _changed(checkout: Path, n: int) -> CodeSnapshot:
     (checkout / "cvae/one.py").write_text(str(n))
-    return Snapshot(checkout)
+    return CodeSnapshot(checkout)

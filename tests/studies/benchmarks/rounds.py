@@ -12,7 +12,7 @@ from cvae.config.experiment import Experiment
 from cvae.errors import UserError
 from cvae.files.paths import PROJECT_ROOT
 from cvae.run import journal
-from cvae.run.code_snapshot import Snapshot
+from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory
 from slurm.cluster_file import Place, Placement
 from slurm.executors import Job
@@ -133,7 +133,7 @@ class Bench:
         is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs a job until it ends or is_enough(). Raises UserError with the first failure."""
-        environment = {**job_environment(Snapshot().write()), **env}
+        environment = {**job_environment(CodeSnapshot().write()), **env}
         # A snapshot holds no tests, and the contestants are among them.
         environment["PYTHONPATH"] += f"{os.pathsep}{PROJECT_ROOT}"
         job = Job("benchmark", logs, target, arguments, environment)
