@@ -1,4 +1,4 @@
-"""The experiment: what is trained. Where it runs is the cluster file's business (slurm/cluster_file.py)."""
+"""The schema of an experiment file: what is trained. Where it runs is in a cluster file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from cvae.config import yaml_model
 from cvae.config.yaml_model import FromList, Number, Strict
 from cvae.errors import UserError
 
-# Limits leave room for what nobody has built yet; beyond them sizes overflow, or memory is asked for in petabytes.
+# Upper limits are far above any real value; beyond them sizes overflow or memory is requested in petabytes.
 LONGEST_NAME = 200
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
@@ -21,7 +21,6 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def _file_name(text: str) -> str:
-    """With what is put before and behind a name, a file's name has to stay below 255 bytes."""
     if not text or "/" in text or text[0] in ".- " or not text.isprintable():
         raise ValueError("should be a plain name, without '/' and not begun by '.' or '-'")
     return _short(text)
@@ -34,6 +33,7 @@ def _encoder_name(text: str) -> str:
 
 
 def _short(text: str) -> str:
+    # File names are limited to 255 bytes, including what is put before and after such a name.
     if len(text.encode()) > LONGEST_NAME:
         raise ValueError(f"should be no longer than {LONGEST_NAME} bytes")
     return text
@@ -44,96 +44,117 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 
 
 class Data(Strict):
-    name: FileName = Field(description="prepared data set: fashion_mnist, scenes, …")
-    image_size: Pixels = Field(description="pixels; height and width of the prepared images")
-    train: FileName = Field("train", description="split that is trained on")
-    val: FileName = Field("val", description="split that is evaluated on")
+    """The prepared images and captions, which `prepare.py` writes below data/."""
+
+    name: FileName = Field(
+        description="name of the prepared data set: fashion_mnist, scenes, coco, …"
+    )
+    image_size: Pixels = Field(description="height and width of the prepared images in pixels")
+    train: FileName = Field("train", description="split to train on")
+    val: FileName = Field("val", description="split to evaluate on")
     text_encoder: Annotated[str, AfterValidator(_encoder_name)] | None = Field(
-        None, description="frozen encoder whose prepared embeddings are read: minilm, …"
+        None,
+        description="frozen text encoder whose prepared embeddings condition the model: minilm, …;"
+        " required if model.condition is text, otherwise null",
     )
     fraction: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of the training split that is used; chosen by the images' ids and the seed"
-        " alone, so that 5 % are among the 30 % of the same seed, on every machine and at every size",
+        description="fraction of the training split to use. Which images these are depends only on"
+        " their ids and the seed; for the same seed, 5 % are a subset of 30 %",
     )
 
 
 class Mlp(Strict):
-    hidden_dim: Size = 400
+    hidden_dim: Size = Field(400, description="units of the hidden layer of encoder and decoder")
 
 
 class Conv(Strict):
     width: Channels = Field(
-        64, description="channels of the first of four stages; each doubles them"
+        64, description="channels of the first of four stages; each stage doubles the number"
     )
 
 
 class Resnet(Strict):
     width: Channels = Field(
-        64, description="channels of the first of four stages; each doubles them"
+        64, description="channels of the first of four stages; each stage doubles the number"
     )
     blocks: Depth = Field(2, description="residual blocks in each stage")
 
 
 class Ldm(Strict):
-    """Stable Diffusion's autoencoder, in the words of diffusers; the defaults are its size (84 M)."""
+    """Stable Diffusion's autoencoder with the key names of diffusers; the defaults are its size (84 M)."""
 
     block_out_channels: Annotated[
         tuple[Channels, ...], FromList, Field(min_length=1, max_length=8)
-    ] = (
-        128,
-        256,
-        512,
-        512,
+    ] = Field(
+        (128, 256, 512, 512),
+        description="channels of each stage; between two stages the image is halved",
     )
-    layers_per_block: Depth = 2
-    norm_num_groups: Channels = 32
+    layers_per_block: Depth = Field(2, description="residual blocks in each stage")
+    norm_num_groups: Channels = Field(
+        32, description="groups of the group normalisation; must divide every block_out_channels"
+    )
     gradient_checkpointing: bool = Field(
-        False, description="less memory for a third more time: activations are computed twice"
+        False,
+        description="compute activations again in the backward pass instead of storing them:"
+        " less memory, about a third more time",
     )
 
 
 class Model(Strict):
-    backbone: Literal["mlp", "conv", "resnet", "ldm"]
+    """The conditional VAE: its networks, its latent, and the terms of its loss."""
+
+    backbone: Literal["mlp", "conv", "resnet", "ldm"] = Field(
+        description="networks of encoder and decoder; the block of the same name holds their sizes"
+    )
     condition: Literal["none", "label", "text"] = Field(
-        description="what the images are drawn from"
+        description="what the model is conditioned on: nothing, the image's class, or its caption"
     )
     fusion: Literal["concat", "add", "film"] = Field(
         "concat",
-        description="how the condition enters: beside the features, added to them, or as a scale and"
-        " shift of every stage's feature maps (film)",
+        description="how the condition enters the backbone: concatenated with the features at the"
+        " bottleneck, added to them, or as a scale and shift of every stage's feature maps"
+        " (film; Perez et al. 2018)",
     )
     standardize_condition: bool = Field(
         False,
-        description="shift and scale each dimension of the text's embedding by its mean and standard"
-        " deviation over the training captions; pooled embeddings of similar captions differ little",
+        description="standardise each dimension of the text embedding by its mean and standard"
+        " deviation over the training captions; useful as pooled embeddings of similar captions"
+        " differ little",
     )
     latent: Literal["vector", "spatial"] | None = Field(
-        None, description="null: spatial for ldm, vector for the others"
+        None,
+        description="shape of z: a vector or a feature map; null: spatial for ldm, else vector",
     )
-    latent_dim: Size = Field(description="length of z; for a spatial latent its channels")
+    latent_dim: Size = Field(description="length of a vector z, or channels of a spatial z")
     prior: Literal["standard", "text"] = Field(
-        "standard", description="standard: N(0, I); text: a learned p(z|c) (Sohn et al. 2015)"
+        "standard",
+        description="prior of z. standard: N(0, I); text: a diagonal Gaussian p(z|c) whose mean and"
+        " variance are learned functions of the caption (Sohn et al. 2015)",
     )
     likelihood: Literal["bernoulli", "gaussian", "optimal_gaussian"] = Field(
-        description="bernoulli: binary cross-entropy, summed; gaussian: squared error, summed;"
-        " optimal_gaussian: its variance is the mean squared error (σ-VAE, Rybkin et al. 2021)"
+        description="reconstruction loss, summed over pixels. bernoulli: binary cross-entropy;"
+        " gaussian: squared error; optimal_gaussian: Gaussian whose variance is the mean squared"
+        " error (σ-VAE, Rybkin et al. 2021)"
     )
     beta: float = Field(1.0, ge=0, description="weight of the KL term (Higgins et al. 2017)")
-    beta_warmup_steps: Count = Field(0, description="steps over which beta grows from 0")
+    beta_warmup_steps: Count = Field(
+        0, description="optimizer steps over which the weight of the KL term grows from 0 to beta"
+    )
     free_bits: float = Field(
         0.0,
         ge=0,
-        description="nats of KL per latent dimension and image that cost nothing"
+        description="KL in nats per latent dimension and image below which it is not penalised"
         " (Kingma et al. 2016, appendix C.8)",
     )
     init_from: str | None = Field(
         None,
         min_length=1,
         max_length=1000,
-        description="published AutoencoderKL whose weights ldm starts from: a folder or a hub name",
+        description="published AutoencoderKL whose weights initialise ldm: a folder or the name of a"
+        " model on the Hugging Face hub",
     )
     mlp: Mlp = Mlp()
     conv: Conv = Conv()
@@ -142,12 +163,12 @@ class Model(Strict):
 
     @property
     def is_spatial(self) -> bool:
-        """Whether z is a map (latent_dim, h, w) and not a vector (latent_dim,)."""
+        """True if z is a map (latent_dim, h, w), False if it is a vector (latent_dim,)."""
         return self.latent == "spatial" or (self.latent is None and self.backbone == "ldm")
 
     @property
     def halvings(self) -> int:
-        """How often the backbone halves height and width. Raises ValueError if the backbone has not stated it."""
+        """How many times the backbone halves height and width. Raises ValueError if HALVINGS lacks it."""
         if self.backbone not in HALVINGS:
             raise ValueError(
                 f"model.backbone = {self.backbone!r}: HALVINGS in cvae/config/experiment.py must state"
@@ -191,18 +212,26 @@ HALVINGS: dict[str, Callable[[Model], int]] = {
     "resnet": lambda model: 4,
     "ldm": lambda model: len(model.ldm.block_out_channels) - 1,
 }
-"""How often each backbone halves height and width. It stands here since a plan is made without torch."""
+"""How many times each backbone halves height and width; here because a plan is made without torch."""
 
 
 class Optimizer(Strict):
+    """Adam, and the course of its learning rate."""
+
     lr: float = Field(gt=0, description="peak learning rate of Adam")
-    betas: Annotated[tuple[float, float], FromList] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], FromList] = Field(
+        (0.9, 0.999), description="Adam's decay rates of the gradient's first and second moment"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW); 0 is plain Adam")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="course of the learning rate after warm-up; the last two end at 0"
+        "constant", description="learning rate after the warm-up; cosine and linear decay to 0"
     )
-    warmup_steps: Count = 0
-    clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    warmup_steps: Count = Field(
+        0, description="optimizer steps over which the learning rate grows linearly from 0 to lr"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="norm to which the whole gradient is clipped; null: no clipping"
+    )
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "Optimizer":
@@ -214,55 +243,80 @@ class Optimizer(Strict):
 class DeepSpeed(Strict):
     zero_stage: Annotated[Literal[0, 1, 2, 3], Number] = Field(
         1,
-        description="what the ranks share out instead of each holding it: 0 nothing, 1 Adam's state,"
-        " 2 also the gradients, 3 also the weights (Rajbhandari et al. 2020)",
+        description="what is partitioned over the ranks instead of replicated: 0 nothing, 1 Adam's"
+        " state, 2 also the gradients, 3 also the weights (Rajbhandari et al. 2020)",
     )
 
 
 class Training(Strict):
+    """How long and how the model is trained; none of these keys depends on the number of ranks."""
+
     epochs: float = Field(
         gt=0, le=1e6, description="passes over the training split; may be fractional"
     )
-    max_steps: Positive | None = Field(None, description="stop here if the epochs last longer")
+    max_steps: Positive | None = Field(
+        None, description="optimizer steps after which training ends if the epochs are longer"
+    )
     global_batch_size: Size = Field(description="images per optimizer step, over all ranks")
     micro_batch_size: Size | None = Field(
-        None, description="most images a rank takes at once; beyond it gradients accumulate"
+        None,
+        description="maximum number of images that a rank processes at once; gradients of a larger"
+        " share are accumulated. null: no limit",
     )
     engine: Literal["ddp", "deepspeed"] = Field(
         "ddp",
-        description="what adds up the ranks' gradients; the curve and the checkpoints are the same",
+        description="library that sums the gradients over the ranks; the loss curve and the format"
+        " of checkpoints are the same",
     )
     deepspeed: DeepSpeed = DeepSpeed()
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto",
-        description="of matrix products and convolutions; auto: bf16 on GPUs of capability 8.0 or more, fp16 on"
-        " older ones, fp32 on CPUs. fp32 uses no TF32 anywhere, tf32 (A100 and later) uses it in both",
+        description="precision of matrix products and convolutions. auto: bf16 on GPUs of compute"
+        " capability 8.0 or higher, fp16 on older ones, fp32 on CPUs; fp32 never uses TF32; tf32"
+        " uses it in both (A100 and later)",
     )
     deterministic: bool = Field(
         False,
-        description="only operations that give the same bits every time; on a GPU some are slower. A resumed"
-        " run ends in bit-identical weights on CPUs anyway, on GPUs only with this",
+        description="use only deterministic operations, some of which are slower on GPUs. A resumed"
+        " run ends in bit-identical weights always on CPUs, and with this key on GPUs",
     )
     compile: bool = Field(
         False,
-        description="fuse the model's operations by torch.compile: some seconds before the first step,"
-        " quicker steps; the last bits of a loss differ",
+        description="compile the model with torch.compile: faster steps after some seconds of"
+        " compilation; losses differ in their last bits",
     )
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="keep an exponential moving average of the weights"
+        None,
+        gt=0,
+        lt=1,
+        description="decay per step of an exponential moving average of the weights, which is"
+        " evaluated and exported in their place; null: no average",
     )
-    log_every: Positive = Field(10, description="steps between two points of the training curve")
-    eval_every: Positive = Field(1, description="epochs between two evaluations, each with a save")
+    log_every: Positive = Field(
+        10, description="optimizer steps between two points of the training curve"
+    )
+    eval_every: Positive = Field(
+        1, description="epochs between two evaluations; a checkpoint is saved after each"
+    )
 
 
 class Checkpoint(Strict):
-    every_steps: Positive | None = Field(None, description="saves between evaluations")
-    keep: Positive = Field(3, description="newest ones that stay; the best one stays besides")
+    every_steps: Positive | None = Field(
+        None, description="optimizer steps between two checkpoints in addition to the evaluations'"
+    )
+    keep: Positive = Field(3, description="newest checkpoints to keep, in addition to the best one")
 
 
 class Experiment(Strict):
-    name: Name = Field(description="MLflow's experiment")
-    seed: int = Field(0, ge=0, lt=2**63)
+    """All that determines a run's results, which do not depend on the machines it runs on."""
+
+    name: Name = Field(description="name of the experiment in MLflow, and beginning of runs' names")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the weights, batches, noise, dropout, and of data.fraction's choice",
+    )
     data: Data
     model: Model
     optimizer: Optimizer
@@ -295,23 +349,23 @@ class Experiment(Strict):
         return self
 
     def total_steps(self, n_train: int) -> int:
-        """Optimizer steps of the whole run on a training split of `n_train` images."""
+        """Returns the optimizer steps of the whole training on `n_train` images."""
         batch = self.training.global_batch_size
-        # Epochs may be fractional: round first, so that 0.1 × 30 images is 3 images and not 3.0000000000000004.
+        # Rounded first, so that 0.1 epochs of 30 images are 3 images and not 3.0000000000000004.
         images = round(self.training.epochs * n_train)
         steps = max(1, -(-images // batch))
         return min(steps, self.training.max_steps or steps)
 
     def check_ranks(self, world_size: int) -> None:
-        """Raises UserError where some of world_size ranks would get no image of a batch."""
+        """Raises UserError if some of `world_size` ranks would get no image of a batch."""
         batch_size = self.training.global_batch_size
         if batch_size < world_size:
             raise UserError(
                 f"training.global_batch_size = {batch_size} leaves some of {world_size} ranks without"
-                " an image; use fewer --gpus or a larger batch"
+                " an image; use fewer ranks or a larger batch"
             )
 
 
 def load_experiment(path: Path, overrides: list[str] | None = None) -> Experiment:
-    """Raises UserError with one line that names file, line, key and value."""
+    """Reads an experiment file. Raises UserError as yaml_model.load does."""
     return yaml_model.load(path, Experiment, overrides or [])

@@ -19,56 +19,51 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of everything read from a file: no unknown key, no silent conversion, no change after."""
+    """Base of everything read from a file: no unknown keys, no implicit conversions, immutable."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
     )
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _number(value: Any) -> Any:
+def _whole_number(value: Any) -> Any:
     if type(value) is not int:
         raise ValueError("should be a whole number")
     return value
 
 
-# For a tuple: YAML knows lists only, while the items stay strict.
-FromList = BeforeValidator(_as_tuple)
-# For a Literal of numbers: 1 equals true and 1.0.
-Number = BeforeValidator(_number)
+FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""For a tuple: YAML only has lists. The items stay strict."""
+Number = BeforeValidator(_whole_number)
+"""For a Literal of numbers, which would also accept true and 1.0 for 1."""
 
 
 def load(path: Path, model: type[M], overrides: Iterable[str] = ()) -> M:
-    """Reads a YAML file into a model, after replacing the values named by `overrides`.
+    """Reads a YAML file into a model, after replacing values by `overrides`.
 
-    overrides: ``block.key=value`` strings; the value is read as YAML.
-    Raises UserError with one line: file and line (or "command line"), key, value, what would be right.
+    overrides: ``block.key=value`` strings, whose values are read as YAML. Raises UserError with one
+    line: file and line (or "command line"), key, value, and what would be right.
     """
     tree, lines = _read(path)
     origin: dict[Key, str] = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
-        key = _apply(tree, override)
-        origin[key] = "command line"
+        origin[_apply(tree, override)] = "command line"
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        # A misspelt key is also a missing one: tell of the misspelling.
+        # A misspelt key is also a missing one: report the misspelling.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(_describe(problems[0], model, origin, str(path)) + more) from None
 
 
 def dump(model: BaseModel, comment: str) -> str:
-    """The model as YAML text that `load` reads back to an equal model."""
+    """Returns the model as YAML, which `load` reads back to an equal model, below a comment line."""
     return f"# {comment}\n{yaml_reader.dump(model.model_dump(mode='json'))}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"latent_dim": 20}} → {"model.latent_dim": 20}."""
+    """Returns {"model.latent_dim": 20} for {"model": {"latent_dim": 20}}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -79,7 +74,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a file of this model may hold, blocks included."""
+    """Yields every dotted key that a file of this model may contain, blocks included."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for part in (field.annotation, *get_args(field.annotation)):
@@ -88,33 +83,32 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def leaf_keys(model: type[BaseModel]) -> list[str]:
-    """The dotted keys that hold values and not blocks."""
+    """Returns the dotted keys that hold values, not blocks."""
     known = list(known_keys(model))
     return [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
 
 
 def line_of(path: Path, key: Key) -> int:
-    """Where a key stands in a file that `load` has read."""
+    """Returns the line of a key in a file that `load` has read."""
     return _read(path)[1][key]
 
 
 def replaced(model: M, values: Mapping[str, Any]) -> M:
-    """The model with other values at dotted keys, checked as a whole. Raises UserError with one line."""
+    """Returns the model with other values at dotted keys. Raises UserError if it is not valid."""
     try:
         return type(model).model_validate(_tree_with(model, values))
     except ValidationError as error:
-        problem = error.errors()[0]
         given = ", ".join(f"{key} = {shown(value)}" for key, value in values.items())
-        raise UserError(_describe(problem, type(model), {}, cut(given, 200))) from None
+        raise UserError(_describe(error.errors()[0], type(model), {}, cut(given, 200))) from None
 
 
 def wrong_value(model: BaseModel, key: str, value: Any) -> str | None:
-    """Why the key can never hold the value, whatever the other keys hold; None where it can."""
+    """Returns why a key can never have a value, whatever the other keys are; None if it can."""
     try:
         type(model).model_validate(_tree_with(model, {key: value}))
     except ValidationError as error:
         for problem in error.errors():
-            # Parts that do not fit together have no place of their own, or only that of their block.
+            # An error of parts that do not fit together has no place, or only that of their block.
             if ".".join(str(part) for part in problem["loc"]).startswith(key):
                 return _describe(problem, type(model), {}, "").removeprefix(": ")
     return None
@@ -124,28 +118,27 @@ def _tree_with(model: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
     tree = model.model_dump(mode="json")
     for key, value in values.items():
         *blocks, name = key.split(".")
-        below = tree
+        parent = tree
         for block in blocks:
-            below = below[block]
-        below[name] = value
+            parent = parent[block]
+        parent[name] = value
     return tree
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, int]]:
-    text = _text(path)
     try:
-        tree, lines = yaml_reader.parse(text)
+        tree, lines = yaml_reader.parse(_text(path))
     except YamlError as error:
         raise UserError(f"{path}:{error.line}: {error}") from None
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else type(tree).__name__
-        raise UserError(f"{path}: must hold `key: value` lines; it holds {found}")
+        kind = "nothing" if tree is None else type(tree).__name__
+        raise UserError(f"{path}: must hold `key: value` lines; it holds {kind}")
     return tree, lines
 
 
 def _text(path: Path) -> str:
     try:
-        # A pipe without a writer would be waited for without end.
+        # Opening a pipe without a writer would block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             os.set_blocking(file.fileno(), True)
             content = file.read(_MOST_BYTES + 1)
@@ -165,28 +158,28 @@ def _text(path: Path) -> str:
 
 def _siblings(path: Path) -> str:
     try:
-        there = sorted(file.name for file in path.parent.glob("*.yaml"))
+        names = sorted(file.name for file in path.parent.glob("*.yaml"))
     except OSError:
-        there = []
-    more = ", …" if len(there) > 12 else ""
-    return f"; there are {', '.join(there[:12])}{more}" if there else ""
+        names = []
+    more = ", …" if len(names) > 12 else ""
+    return f"; there are {', '.join(names[:12])}{more}" if names else ""
 
 
 def _apply(tree: dict[str, Any], override: str) -> Key:
+    """Puts the value of a key=value into the tree and returns the key."""
     name, equals, text = override.partition("=")
     key = tuple(name.strip().split("."))
-    where = f"command line: {shown(override)}"
+    place = f"command line: {shown(override)}"
     if not equals or not all(key) or len(key) > _MOST_PARTS:
-        raise UserError(f"{where}: an override is key=value, as optimizer.lr=3e-4")
+        raise UserError(f"{place}: an override is key=value, as optimizer.lr=3e-4")
     try:
         value, _ = yaml_reader.parse(text)
     except YamlError as error:
-        raise UserError(f"{where}: the value is {error}") from None
-    for depth, part in enumerate(key[:-1]):
+        raise UserError(f"{place}: the value is {error}") from None
+    for depth, part in enumerate(key[:-1], 1):
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            block = ".".join(key[: depth + 1])
-            raise UserError(f"{where}: {block} is a value, not a block of keys")
+            raise UserError(f"{place}: {'.'.join(key[:depth])} is a value, not a block of keys")
     tree[key[-1]] = value
     return key
 
@@ -194,33 +187,25 @@ def _apply(tree: dict[str, Any], override: str) -> Key:
 def _describe(
     problem: ErrorDetails, model: type[BaseModel], origin: dict[Key, str], path: str
 ) -> str:
+    """Returns pydantic's error as one line. origin: where keys were read; path: where other keys were."""
     key = tuple(str(part) for part in problem["loc"])
     name = cut(".".join(key), 100)
     place = next((origin[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origin), path)
     kind, value = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        near = did_you_mean(name, known_keys(model))
-        return f"{place}: {name} = {shown(value)}: unknown key{near}"
     if kind == "missing":
         return f"{place}: {name}: missing"
     if kind == "value_error":
         given = "" if isinstance(value, dict | BaseModel) else f" = {shown(value)}"
         return f"{place}: {name}{given}: {problem['ctx']['error']}".replace(": : ", ": ")
     message = re.sub("^(Input|String|Value) ", "", problem["msg"])
-    if kind == "string_pattern_mismatch":
+    if kind == "extra_forbidden":
+        message = f"unknown key{did_you_mean(name, known_keys(model))}"
+    elif kind == "string_pattern_mismatch":
         message = "should be letters, digits, '_', '.' and '-', the first a letter or a digit"
-    near = ""
-    if kind == "literal_error" and isinstance(value, str):
-        near = did_you_mean(value, re.findall(r"'([^']*)'", problem["msg"]))
-    if kind in ("bool_type", "int_type", "float_type") and isinstance(value, str):
-        near = _spelling(value, kind)
-    return f"{place}: {name} = {shown(value)}: {message}{near}"
-
-
-def _spelling(text: str, kind: str) -> str:
-    """ "; write …" for a number or a boolean in a spelling that other readers of YAML accept."""
-    if kind == "bool_type":
-        return "; write true or false" if text.lower() in ("yes", "no", "on", "off") else ""
-    if re.fullmatch(r"[-+]?[0-9][0-9_]{,30}", text):
-        return f"; write {int(text.replace('_', ''))}"
-    return ""
+    elif kind == "literal_error" and isinstance(value, str):
+        message += did_you_mean(value, re.findall(r"'([^']*)'", problem["msg"]))
+    elif kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off"):
+        message += "; write true or false"
+    elif kind in ("int_type", "float_type") and re.fullmatch("[-+]?[0-9][0-9_]{,30}", str(value)):
+        message += f"; write {int(str(value).replace('_', ''))}"
+    return f"{place}: {name} = {shown(value)}: {message}"

@@ -1,4 +1,4 @@
-"""YAML text as plain data, and nothing that could surprise: no alias, no tag, no guessed type."""
+"""YAML text as plain data: no alias, no tag, no guessed type."""
 
 import math
 import re
@@ -10,14 +10,14 @@ import yaml
 Key = tuple[str, ...]
 
 _DEEPEST = 20
-# Python itself refuses to print a whole number of more than 4,300 digits.
+# Python refuses to print integers of more than 4,300 digits.
 _LONGEST_NUMBER = 100
-# Control characters, halves of characters, and line ends that only YAML knows.
+# Control characters, surrogates, and line ends that only YAML knows.
 _REFUSED = re.compile(
     r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u2028\u2029]"
 )
-# What YAML 1.1 and 1.2 read alike, and 3e-4, which is a number only in 1.2. All else is text: 12:30:45, 1_000,
-# 010, yes, off and 2026-11-25 too.
+# What YAML 1.1 and 1.2 read alike, and 3e-4, which is a number only in 1.2. All else is text, such as
+# 12:30:45, 1_000, 010, yes, off and 2026-11-25.
 _WORDS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -32,7 +32,7 @@ _Parser = getattr(yaml, "CLoader", yaml.Loader)
 
 
 class YamlError(ValueError):
-    """Text that is not YAML, or that is more than plain data; the reason is without the place."""
+    """The text is not YAML, or is more than plain data; the message does not include the line."""
 
     def __init__(self, reason: str, line: int):
         super().__init__(reason)
@@ -40,9 +40,9 @@ class YamlError(ValueError):
 
 
 def parse(text: str) -> tuple[Any, dict[Key, int]]:
-    """Returns the data of a YAML text, and the line of every key and list item, by the keys that lead there.
+    """Returns the data of a YAML text, and the line of every key and list item by its path of keys.
 
-    Keys are text. Raises YamlError.
+    Keys are always text. Raises YamlError.
     """
     _check_characters(text, 1)
     reader = _Reader(text)
@@ -53,9 +53,9 @@ def parse(text: str) -> tuple[Any, dict[Key, int]]:
         indent = re.match(r"\s*", "".join(text.splitlines()[line - 1 : line]))
         tab = "; indent by spaces, not by tabs" if indent and "\t" in indent[0] else ""
         raise YamlError(f"not valid YAML: {error.problem or error.context}{tab}", line) from None
+    except YamlError:
+        raise
     except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, YamlError):
-            raise
         raise YamlError(f"not valid YAML: {error}", 1) from None
 
 
@@ -73,7 +73,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _REAL, list("-+.0123456
 
 
 class _Reader:
-    """Builds data from the parser's events, so that nothing is expanded and nothing constructed."""
+    """Builds data from the parser's events, so that nothing is expanded and no object is constructed."""
 
     def __init__(self, text: str):
         self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=_Parser)
@@ -86,9 +86,9 @@ class _Reader:
             return None
         tree = self._value(next(self.events), ())
         next(self.events)
-        more = next(self.events)
-        if not isinstance(more, yaml.StreamEndEvent):
-            raise YamlError("a second document begins (---); one file holds one", _line(more))
+        event = next(self.events)
+        if not isinstance(event, yaml.StreamEndEvent):
+            raise YamlError("a second document begins (---); one file holds one", _line(event))
         return tree
 
     def _value(self, event: yaml.Event, key: Key) -> Any:
@@ -97,20 +97,18 @@ class _Reader:
             return _scalar(event)
         if len(key) >= _DEEPEST:
             raise YamlError(f"nested deeper than {_DEEPEST} levels", _line(event))
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._list(key)
-        return self._mapping(key)
+        return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._block(key)
 
     def _list(self, key: Key) -> list[Any]:
         items: list[Any] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            below = (*key, str(len(items)))
-            self.lines[below] = _line(event)
-            items.append(self._value(event, below))
+            item_key = (*key, str(len(items)))
+            self.lines[item_key] = _line(event)
+            items.append(self._value(event, item_key))
         return items
 
-    def _mapping(self, key: Key) -> dict[str, Any]:
-        mapping: dict[str, Any] = {}
+    def _block(self, key: Key) -> dict[str, Any]:
+        block: dict[str, Any] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             _check_plain(event)
             line = _line(event)
@@ -118,14 +116,14 @@ class _Reader:
                 raise YamlError("a key must be a word, not a list or a block", line)
             name: str = event.value
             _check_characters(name, line)
-            below = (*key, name)
+            item_key = (*key, name)
             if name == "<<":
                 raise YamlError("merge keys (<<) are not read; write the keys out", line)
-            if name in mapping:
-                raise YamlError(f"{'.'.join(below)[:200]}: given twice", line)
-            self.lines[below] = line
-            mapping[name] = self._value(next(self.events), below)
-        return mapping
+            if name in block:
+                raise YamlError(f"{'.'.join(item_key)[:200]}: given twice", line)
+            self.lines[item_key] = line
+            block[name] = self._value(next(self.events), item_key)
+        return block
 
 
 def _check_plain(event: yaml.Event) -> None:
@@ -142,8 +140,7 @@ def _check_plain(event: yaml.Event) -> None:
 def _scalar(event: yaml.ScalarEvent) -> Any:
     text: str = event.value
     _check_characters(text, _line(event))
-    # Quoted text, or a block of it.
-    if not event.implicit[0]:
+    if not event.implicit[0]:  # quoted, or a block of text
         return text
     if text in _WORDS:
         return _WORDS[text]
@@ -158,10 +155,9 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
 
 
 def _check_characters(text: str, line: int) -> None:
-    found = _REFUSED.search(text)
-    if found:
-        line += text.count("\n", 0, found.start())
-        raise YamlError(f"the character U+{ord(found[0]):04X} is not allowed", line)
+    if match := _REFUSED.search(text):
+        line += text.count("\n", 0, match.start())
+        raise YamlError(f"the character U+{ord(match[0]):04X} is not allowed", line)
 
 
 def _line(event: yaml.Event) -> int:
