@@ -1,16 +1,17 @@
-"""Trains an experiment, on SLURM or on this machine: prints the plan, submits, follows.
+"""Trains an experiment on SLURM or on this machine: prints the plan, submits the run and follows it.
 
     python workflows/launch.py [EXPERIMENT] --nodes N --gpus G [--cluster NAME] [--engine ENGINE]
                                [--name RUN] [--time TIME] [--dry-run] [--preflight] [--detach] [key=value …]
 
-Exit status: 0 finished (or the preflight passed), 1 failed, 2 bad input (nothing is written; unless only
-the job could find it, on its nodes), 3 stopped or cancelled, 130 detached by Ctrl-C (the run goes on).
+Submits to SLURM if a controller responds; otherwise runs locally, one rank per GPU or core. Exit status:
+0 finished (or the preflight passed), 1 failed, 2 bad input (nothing is written, unless only the job could find
+it, on its nodes), 3 stopped or cancelled, 130 detached by Ctrl-C (the run continues).
 """
 
 from pathlib import Path
 
 from cvae import command_line
-from cvae.command_line import Parser, files_and_overrides, positive
+from cvae.command_line import Parser, files_and_overrides
 from cvae.config.experiment import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.files import paths
@@ -18,51 +19,35 @@ from cvae.run.directory import free_name, telling_name
 from slurm import cluster_file
 from slurm.job_state import requeue_warning
 from workflows.jobs.follow import follow
-from workflows.jobs.job_options import add_time
+from workflows.jobs.job_options import add_job_options
 from workflows.jobs.plan import default_experiment, plan_launch
 from workflows.jobs.run_state import submissions
 from workflows.jobs.submission import submit_new
-from workflows.terminal.formatting import shown
+from workflows.terminal.formatting import aligned, shown
 
 
 def parser() -> Parser:
     parser = Parser(
         prog="launch.py", description="Trains an experiment, on SLURM or on this machine."
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "words",
         nargs="*",
         metavar="EXPERIMENT | key=value",
-        help="the experiment's YAML file (default: COCO where it is prepared and there are GPUs, else"
-        " the demo), and values that replace the file's, as model.latent_dim=64",
+        help="the experiment's YAML file (default: COCO if it is prepared and there are GPUs, else the"
+        " demo), and values that replace the file's, as model.latent_dim=64",
     )
-    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
-    parser.add_argument(
-        "--gpus", type=positive, metavar="G", help="in total (default: one per node)"
-    )
-    parser.add_argument(
-        "--cluster",
-        metavar="NAME",
-        help="configs/clusters/NAME.yaml (default: SLURM where it answers, else this machine)",
-    )
-    parser.add_argument(
-        "--engine", choices=["ddp", "deepspeed"], help="short for training.engine=…"
-    )
-    parser.add_argument(
-        "--name", metavar="RUN", help="default: the experiment, what was changed, the time"
-    )
-    add_time(parser, "the cluster file's; ten minutes for --preflight")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print plan and sbatch script; submit and write nothing",
-    )
-    parser.add_argument(
-        "--preflight",
-        action="store_true",
-        help="only look at the nodes: GPUs, memory, disk, clocks, packages, network; train nothing",
-    )
-    parser.add_argument("--detach", action="store_true", help="submit and do not wait")
+    add_job_options(parser, time="the cluster file's; ten minutes for --preflight")
+    add("--engine", choices=["ddp", "deepspeed"], help="short for training.engine=…")
+    add("--name", metavar="RUN", help="default: the experiment, what was changed, the time")
+    flags = {
+        "--dry-run": "print the plan and the sbatch script; submit and write nothing",
+        "--preflight": "only check the nodes: GPUs, memory, disk, clocks, packages, network; train nothing",
+        "--detach": "submit and do not wait",
+    }
+    for flag, text in flags.items():
+        add(flag, action="store_true", help=text)
     return parser
 
 
@@ -73,8 +58,8 @@ def main(arguments: list[str]) -> int:
         overrides.append(f"training.engine={options.engine}")
     if len(files) > 1:
         raise UserError(f"one experiment at a time: {' and '.join(files)}; overrides are key=value")
-    # Everything that needs no library first: a typing error is answered at once.
-    asked = cluster_file.split(options.nodes, options.gpus or options.nodes)
+    # What needs no library comes first, so that a typing error is reported at once.
+    requested = cluster_file.split(options.nodes, options.gpus or options.nodes)
     if options.cluster:
         cluster_file.load(options.cluster)
 
@@ -82,25 +67,30 @@ def main(arguments: list[str]) -> int:
         from workflows.jobs.preflight_job import preflight  # torch: seconds
 
         checked = _experiment_to_check(files, overrides)
-        return preflight(asked, options.cluster, checked, options.time)
+        return preflight(requested, options.cluster, checked, options.time)
     if files:
         file = _find(files[0])
     else:
-        file, why = default_experiment()
-        print(f"{shown(file)} is trained, as {why}", flush=True)
+        file, reason = default_experiment()
+        print(f"training {shown(file)}: {reason}", flush=True)
     experiment = load_experiment(file, overrides)
-    origin = " ".join([shown(file), *overrides])
     changed = {key: value for key, _, value in (word.partition("=") for word in overrides)}
     name = options.name or free_name(telling_name(experiment.name, changed))
-    time = cluster_file.TimeLimit(options.time)
-    plan = plan_launch(experiment, origin, name, asked, options.cluster, options.dry_run, time)
-    print(plan.text(), flush=True)
+    plan = plan_launch(
+        experiment,
+        " ".join([shown(file), *overrides]),
+        name,
+        requested,
+        options.cluster,
+        options.dry_run,
+        cluster_file.TimeLimit(options.time),
+    )
+    print(aligned(plan.facts), flush=True)
 
     if options.dry_run:
-        script = plan.sbatch_script()
-        print(f"\n{script}" if script else "\n(dry run: nothing was started)")
+        print(f"\n{plan.sbatch_script or '(dry run: nothing was started)'}")
         return 0
-    run = submit_new(plan.name, experiment, plan.place, plan.placement, plan.gpus)
+    run = submit_new(name, experiment, plan.place, plan.placement, requested.world_size)
     if warning := requeue_warning(submissions(run)[-1]):
         print(f"warning: {warning}")
     print()
@@ -111,7 +101,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _experiment_to_check(files: list[str], overrides: list[str]) -> Experiment | None:
-    """What a preflight checks for; None where none is named and the default one's data are not prepared."""
+    """Returns the experiment of a preflight; None if none is named and the default one's data are not prepared."""
     from cvae.data.experiment_data import open_data
 
     experiment = load_experiment(_find(files[0]) if files else default_experiment()[0], overrides)
@@ -125,11 +115,9 @@ def _experiment_to_check(files: list[str], overrides: list[str]) -> Experiment |
 
 
 def _find(word: str) -> Path:
-    """The file as named from here or, as configs/demo.yaml, from the project's root."""
-    file = Path(word)
-    if not file.exists() and not file.is_absolute() and (paths.PROJECT_ROOT / file).exists():
-        return paths.PROJECT_ROOT / file
-    return file
+    """Returns the file, relative to the working directory or else to the project's root."""
+    file, in_project = Path(word), paths.PROJECT_ROOT / word
+    return in_project if not file.exists() and in_project.exists() else file
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tests.studies.benchmarks import timing
 from tests.studies.benchmarks.contestants import Subject, bare
 from tests.studies.benchmarks.peers import diffusers_fp32, diffusers_same
 from tests.studies.benchmarks.rounds import rates
-from workflows.jobs.scaling_model import work
+from workflows.jobs.scaling_model import flops_per_image, meta_model
 
 # By backbone and image size; ldm's fit on a V100 of 16 GB.
 _BATCH = {
@@ -111,7 +111,7 @@ def _speed(
             f"{peak / 2**30:.2f} GiB, {peak / batch_size / 2**20:.1f} MiB an image of {batch_size}",
             peak=peak,
         )
-    flops = work(experiment, data.image_shape, data.condition_dim)[1]
+    flops = flops_per_image(meta_model(experiment, data.image_shape, data.condition_dim))
     shares = {what: flops * limit.median / peak for what, peak in reached.items()}
     told = ", ".join(f"{share:.1%} of a {what.replace('_', ' ')}" for what, share in shares.items())
     yield measured(

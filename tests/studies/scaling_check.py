@@ -18,8 +18,7 @@ from tests.conftest import TEXT_DIM, write_store
 from tests.studies.benchmarks.rounds import Bench
 from tests.testcluster import Cluster
 from workflows.jobs.plan import locate
-from workflows.jobs.scaling_model import expect
-from workflows.jobs.scaling_model import work as work_of
+from workflows.jobs.scaling_model import expect, meta_model
 
 _LINKS_MBIT_S = (None, 800, 400, 200, 100)
 _ROUNDS, _SECONDS, _MOST_OFF = 3, 5, 0.15
@@ -49,7 +48,7 @@ def main() -> int:
         bench.loop(one, Placement(1, 1), 600.0, env=env)["images_per_second"]
         for _ in range(_ROUNDS)
     )
-    n_parameters, _ = work_of(two, (1, 16, 16), TEXT_DIM)
+    n_parameters = meta_model(two, (1, 16, 16), TEXT_DIM).n_parameters()
     worst = 0.0
     print(f"one rank alone: {alone:.1f} images/s; gradient {4 * n_parameters / 1e6:.1f} MB\n")
     print("| link, Mb/s | measured, images/s | foretold | off by |\n|---|---|---|---|")

@@ -98,7 +98,7 @@ def test_dry_run_tells_all_and_writes_nothing(
     words = [tiny, "--gpus", "4096", "--dry-run", "training.micro_batch_size=3", "--name", "dry"]
     assert launch.main([*words[:1], "training.global_batch_size=4096", *words[1:]]) == 0
     plan = capsys.readouterr().out
-    assert "4,096 ranks asked, this machine holds" in plan
+    assert "4,096 ranks requested, " in plan
     assert "4,096 images" in plan
     assert "× at most 3" in plan
     assert "train 50, val 21" in plan
@@ -128,7 +128,7 @@ def test_without_an_experiment_the_first_line_says_which_and_why(
     _silence_slurm(home, monkeypatch)
     with pytest.raises(UserError, match=r"prepare\.py scenes"):
         launch.main(["--nodes", "2", "--gpus", "8"])
-    assert "demo.yaml is trained, as " in capsys.readouterr().out
+    assert "demo.yaml: " in capsys.readouterr().out
 
 
 def test_a_run_that_fails_says_why(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

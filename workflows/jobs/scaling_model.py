@@ -1,4 +1,4 @@
-"""A model of scale: how long a step takes on many GPUs, from one GPU's rate and the links between them."""
+"""Predicts the speed of training on many GPUs from one GPU's speed and the links between GPUs."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -6,13 +6,14 @@ from cvae.config.experiment import Experiment
 from slurm.cluster_file import ClusterConfig, Placement
 from workflows.terminal.formatting import duration
 
-if TYPE_CHECKING:  # torch: seconds
+if TYPE_CHECKING:  # torch takes seconds to import
     from cvae.models.backbone import ImageShape
+    from cvae.models.cvae import Cvae
 
-# DDP adds up gradients in buckets of so many bytes, the last layers' first: all but the last bucket may travel
-# while the backward pass goes on.
+# DDP reduces gradients in buckets of this size, the last layers' first: all but the last bucket can travel
+# during the backward pass.
 _BUCKET_BYTES = 25 * 2**20
-# Of a step's operations: the backward pass has two products for each of the forward's one.
+# Of a step's operations: the backward pass has two products for each one of the forward pass.
 _FORWARD_SHARE = 1 / 3
 
 
@@ -20,7 +21,7 @@ class Expected(NamedTuple):
     images_per_second: float
     """Of all ranks together."""
     efficiency: float
-    """Beside as many ranks that need not talk."""
+    """Relative to as many ranks without communication."""
 
 
 def expect(
@@ -31,12 +32,12 @@ def expect(
     inside_bytes_s: float,
     between_bytes_s: float,
 ) -> Expected:
-    """One step of data-parallel training.
+    """Returns the expected speed of data-parallel training.
 
-    images_per_second: of one rank alone. inside, between: bytes a second that the links of a node's ranks, and
-    those of two nodes, carry one way. In a ring of W ranks each link carries 2 (W − 1) / W of the gradient
-    (Patarasuk and Yuan 2009, section 3), at the pace of the slowest. It hides behind the backward pass but for the
-    last bucket.
+    images_per_second: of one rank alone. inside, between: bytes per second, one way, of the links within a node
+    and of those between nodes. In a ring of W ranks each link carries 2 (W − 1) / W of the gradient (Patarasuk
+    and Yuan 2009, section 3), and the slowest link sets the pace. All but the last bucket overlaps with the
+    backward pass.
     """
     ranks = placement.world_size
     compute = -(-batch_size // ranks) / images_per_second
@@ -49,49 +50,50 @@ def expect(
 
 
 def expected_fact(
-    config: ClusterConfig,
-    placement: Placement,
-    experiment: Experiment,
-    shape: "ImageShape",
-    condition_dim: int,
-    total_steps: int,
+    config: ClusterConfig, placement: Placement, model: "Cvae", batch_size: int, total_steps: int
 ) -> str | None:
-    """For the plan; None where the cluster's file does not say how quick its GPUs are."""
+    """Returns the expected speed and duration; None if the cluster file does not give tflops_per_gpu."""
     if config.tflops_per_gpu is None:
         return None
-    parameters, operations = work(experiment, shape, condition_dim)
-    batch_size = experiment.training.global_batch_size
-    found = expect(
+    expected = expect(
         placement,
         batch_size,
-        config.tflops_per_gpu * 1e12 / operations,
-        4 * parameters,
+        config.tflops_per_gpu * 1e12 / flops_per_image(model),
+        4 * model.n_parameters(),
         config.inside_gbyte_s * 1e9,
         config.between_gbit_s * 1e9 / 8,
     )
-    seconds = total_steps * batch_size / found.images_per_second
+    seconds = total_steps * batch_size / expected.images_per_second
     gpu_hours = seconds / 3600 * placement.world_size
     return (
-        f"{found.images_per_second:,.0f} images/s, {duration(seconds)}, {gpu_hours:,.1f} GPU hours"
-        f" (a model: GPUs at {config.tflops_per_gpu:g} TFLOP/s, {found.efficiency:.0%} parallel efficiency)"
+        f"{expected.images_per_second:,.0f} images/s, {duration(seconds)}, {gpu_hours:,.1f} GPU hours"
+        f" (a model: GPUs at {config.tflops_per_gpu:g} TFLOP/s, {expected.efficiency:.0%} parallel efficiency)"
     )
 
 
-def work(experiment: Experiment, shape: "ImageShape", condition_dim: int) -> tuple[int, float]:
-    """Parameters, and floating point operations an image of a training step, counted without computing."""
+def meta_model(experiment: Experiment, shape: "ImageShape", condition_dim: int) -> "Cvae":
+    """Returns the experiment's model on PyTorch's meta device: shapes without memory or computation."""
     import torch
 
     from cvae.models.cvae import build_model
+
+    with torch.device("meta"):
+        return build_model(experiment.model, shape, condition_dim, experiment.seed)
+
+
+def flops_per_image(model: "Cvae") -> float:
+    """Returns the floating point operations of a training step, per image. model: see meta_model()."""
+    import torch
+
     from cvae.models.flops import flops
 
     with torch.device("meta"):
-        model = build_model(experiment.model, shape, condition_dim, experiment.seed)
-        images = torch.zeros(1, *shape, dtype=torch.uint8)
-        condition = torch.zeros(1, condition_dim) if condition_dim else None
+        images = torch.zeros(1, *model.shape, dtype=torch.uint8)
+        condition = torch.zeros(1, model.condition_dim) if model.condition_dim else None
         noise = torch.zeros(1, *model.latent_shape)
 
         def step() -> None:
             elbo = model(images, condition, noise)
             torch.autograd.backward((elbo.recon_loss + elbo.kl_penalty).sum())
 
-        return model.n_parameters(), flops(step)
+        return flops(step)

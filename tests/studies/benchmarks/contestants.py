@@ -17,7 +17,7 @@ from cvae.files.paths import write_atomically
 from cvae.models.cvae import build_model
 from cvae.training.adam import build_adam
 from tests.studies.benchmarks import timing
-from workflows.jobs.scaling_model import work
+from workflows.jobs.scaling_model import flops_per_image, meta_model
 
 
 class Subject(NamedTuple):
@@ -57,7 +57,8 @@ def measure(name: str, experiment: str, seconds: float, coco: Path | None, resul
         }
         if name == BARE:
             data = subject.data
-            told["flops_per_image"] = work(plan, data.image_shape, data.condition_dim)[1]
+            model = meta_model(plan, data.image_shape, data.condition_dim)
+            told["flops_per_image"] = flops_per_image(model)
             told["peaks"] = timing.peaks(chosen, ranks.device)
             told["precision"] = chosen
     write_atomically(result, json.dumps(told))

@@ -32,9 +32,9 @@ def test_a_notice_that_is_too_short_is_warned_about(
     save_s: float,
     warned: str | None,
 ) -> None:
-    _, told = grace_fact(place(monkeypatch, mode, notice_s, grace_s), save_s, "expected")
-    assert ("WARNING" in told) == (warned is not None)
-    assert warned is None or warned in told
+    _, text = grace_fact(place(monkeypatch, mode, notice_s, grace_s), save_s, "expected")
+    assert ("WARNING" in text) == (warned is not None)
+    assert warned is None or warned in text
 
 
 def test_what_was_measured_is_the_slowest_checkpoint(tmp_path: Path) -> None:
