@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from slurm import executors
+from slurm.attempts import log_file
 from slurm.cluster_file import ClusterConfig, Placement
 from slurm.executors import Job
+from slurm.failure_diagnosis import first_failure
 from slurm.rank_process import export_ranks
 
 
@@ -68,8 +70,11 @@ def test_a_line_of_setup_that_fails_ends_the_job_and_is_named(
         assert ("SOURCED" in seen) == ("env.sh" in line)
     else:
         assert (status, seen) == (1, {})
-        assert output.strip().splitlines()[-1].startswith("error: ")
-        assert f"'{line}' failed with status" in output
+        log_file(tmp_path, "12", 0).write_text(output)
+        failure = first_failure(tmp_path, "12")
+        assert failure is not None
+        assert failure.end.cause == "setup"
+        assert f"'{line}' failed with status" in failure.end.message
 
 
 def test_a_command_of_setup_over_several_lines(tmp_path: Path) -> None:
