@@ -17,10 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from cvae.errors import UserError
 from slurm import attempts
 from slurm.attempts import FAULTS_OF_OTHERS, Attempt, AttemptEnd, Cause
-from slurm.commands import Slurm, is_final
+from slurm.commands import Slurm, SlurmError
 from slurm.supervision import AttemptLog, Supervision
 
 NOT_HERE, GIVEN_UP = 75, 76
@@ -42,7 +41,7 @@ def before(log: AttemptLog) -> int:
     slurm = Slurm(None)
     here = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
     was_open = log.is_open
-    state = slurm.last_word(log.job_id) if _restarts() else ""
+    state = slurm.last_state(log.job_id) if _restarts() else ""
     log.settle(state, slurm.lost_nodes(log.last.nodes) if was_open else [])
     pause_s = attempts.pause_after_slurm(log.attempts) if was_open else 0.0
     last = log.last.end if log.attempts else None
@@ -88,7 +87,7 @@ def after(log: AttemptLog, status: int) -> None:
     silence = ""
     try:
         details = patiently(lambda: slurm.details(log.job_id))
-    except UserError as error:
+    except SlurmError as error:
         details, silence = {}, str(error)
     # If SLURM itself has ended the attempt (preemption, a failed node, scancel), it decides what follows; and a
     # host that was out of reach may even wake up in the middle of the next attempt.
@@ -143,7 +142,7 @@ def watch(open_log: Callable[[], AttemptLog]) -> NoReturn:
         signal.sigwait({signal.SIGTERM})
         try:
             at_limit(open_log())
-        except UserError as error:
+        except SlurmError as error:
             _log.error("the time limit: %s", error)
 
 
@@ -167,14 +166,14 @@ def _restarts() -> int:
 def patiently(ask: Callable[[], Answer], patience_s: float = _PATIENCE_S) -> Answer:
     """Returns SLURM's answer, asking again while its controller is busy or restarts.
 
-    Raises UserError if SLURM refuses, or still does not answer after patience_s.
+    Raises SlurmError if SLURM refuses, or still does not answer after patience_s.
     """
     pause_s, deadline = _FIRST_PAUSE_S, time.monotonic() + patience_s
     while True:
         try:
             return ask()
-        except UserError as error:
-            if is_final(str(error)) or time.monotonic() + pause_s > deadline:
+        except SlurmError as error:
+            if error.is_final or time.monotonic() + pause_s > deadline:
                 raise
             _log.warning("%s; asking again in %g s", error, pause_s)
         time.sleep(pause_s)
@@ -185,7 +184,7 @@ def requeue(slurm: Slurm, job_id: str) -> str:
     """Returns "" after SLURM has put the job back into its queue, or SLURM's answer if it refuses."""
     try:
         patiently(lambda: slurm.requeue(job_id))
-    except UserError as error:
+    except SlurmError as error:
         return str(error)
     return ""
 
@@ -198,8 +197,8 @@ def hold_off(slurm: Slurm, job_id: str, excluded: list[str], pause_s: float) -> 
     while True:
         try:
             return slurm.hold_off(job_id, excluded, pause_s)
-        except UserError as error:
-            if is_final(str(error)) or time.monotonic() > deadline:
+        except SlurmError as error:
+            if error.is_final or time.monotonic() > deadline:
                 _log.warning("its next start cannot be put off: %s", error)
                 return None
             time.sleep(0.3)
@@ -212,7 +211,7 @@ def nodes_to_exclude(slurm: Slurm, earlier: list[Attempt]) -> list[str]:
     for node in attempts.bad_nodes(earlier):
         try:
             others = set(slurm.nodes_like(node, os.environ["SLURM_JOB_PARTITION"]))
-        except UserError as error:
+        except SlurmError as error:
             _log.warning("%s: %s", node, error)
             continue
         if len(others - {*excluded, node}) >= needed:

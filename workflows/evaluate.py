@@ -154,7 +154,7 @@ def _wait(submission: Submission, progress: Path) -> str:
             if said is not None:
                 bar.update(said["done"] - bar.n)
             if state.phase == "ended":
-                return state.word
+                return state.slurm_state
             time.sleep(_POLL_S[submission.executor])
     finally:
         bar.close()

@@ -123,10 +123,12 @@ def _cancel(options: Any) -> int:
     note_cancelled(run, time.time())
     job = job_state.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
-        print(f"{run.name}: whether {last.where} has ended is not known: {job.reason or job.word}")
+        print(
+            f"{run.name}: whether {last.where} has ended is not known: {job.reason or job.slurm_state}"
+        )
         return 1
     state = run_state(run)
-    print(aligned([(state.status, f"{run.name}: {state.reason or state.job.word}")]))
+    print(aligned([(state.status, f"{run.name}: {state.reason or state.job.slurm_state}")]))
     return 0
 
 

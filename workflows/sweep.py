@@ -167,7 +167,7 @@ def _cancel(sweep: SweepDirectory) -> int:
     job = job_state.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
         print(
-            f"{sweep.name}: whether {last.where} has ended is not known: {job.reason or job.word}"
+            f"{sweep.name}: whether {last.where} has ended is not known: {job.reason or job.slurm_state}"
         )
         return 1
     print(f"cancelled {sweep.name} at {time.strftime('%H:%M:%S')}")

@@ -86,7 +86,7 @@ def test_ranks_are_told_their_place(
         # All of its node's GPUs, not just the one of its local rank.
         assert len(facts["CUDA_VISIBLE_DEVICES"].split(",")) == 2
     assert len({facts["MASTER_PORT"] for facts in told}) == 1
-    assert job_state.look(submission).word == "COMPLETED"
+    assert job_state.look(submission).slurm_state == "COMPLETED"
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(place: Place, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(place: Place, tmp_path: Path) -> 
     failure = first_failure(tmp_path, submission.job_id)
     assert failure is not None
     assert failure.end == AttemptEnd(Cause.CRASH, "cvae-node2", 3, ("SIGKILL",))
-    assert job_state.look(submission).word == "FAILED"
+    assert job_state.look(submission).slurm_state == "FAILED"
 
 
 def test_a_queued_run_tells_why_it_waits_and_can_be_cancelled(

@@ -55,7 +55,7 @@ def test_what_the_queue_and_the_accounting_say(
     site.says("squeue", echo(*squeue))
     site.says("sacct", echo(*sacct))
     state = Slurm(None).job("12")
-    assert (state.phase, state.word) == (phase, word)
+    assert (state.phase, state.slurm_state) == (phase, word)
     assert state.reason.startswith(reason) or reason in state.reason
     assert "\n" not in state.reason
 
@@ -64,7 +64,12 @@ def test_many_jobs_are_asked_for_at_once(site: Site) -> None:
     site.says("squeue", echo(RUNNING, "13|RUNN", "15|COMPLETED|None|N/A|n1"))
     site.says("sacct", echo("14|TIMEOUT|n1|Unknown"))
     states = Slurm(None).jobs(["12", "13", "14", "15"])
-    assert [states[id].word for id in states] == ["RUNNING", "UNKNOWN", "TIMEOUT", "COMPLETED"]
+    assert [states[id].slurm_state for id in states] == [
+        "RUNNING",
+        "UNKNOWN",
+        "TIMEOUT",
+        "COMPLETED",
+    ]
     assert [command.split()[0] for command in site.asked] == ["squeue", "sacct"]
     assert site.asked[1].endswith("--jobs=13,14")
 
@@ -74,7 +79,7 @@ def test_a_queue_that_refuses_the_list_for_one_job_is_asked_one_by_one(site: Sit
     site.says("squeue", f"*=12,13*|*=13*) {refused};;", echo(RUNNING))
     site.fails("sacct", NO_ACCOUNTING)
     states = Slurm(None).jobs(["12", "13"])
-    assert [state.word for state in states.values()] == ["RUNNING", "FORGOTTEN"]
+    assert [state.slurm_state for state in states.values()] == ["RUNNING", "FORGOTTEN"]
 
 
 def test_no_answer_is_no_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +105,5 @@ def test_a_persons_habits_hide_no_job(site: Site, monkeypatch: pytest.MonkeyPatc
         "squeue", f'*) [ $SQUEUE_PARTITION ] || {{ {started}; echo "12|RUNNING|None|$s|n1"; }};;'
     )
     state = Slurm(None).job("12")
-    assert state.word == "RUNNING"
+    assert state.slurm_state == "RUNNING"
     assert state.start is not None

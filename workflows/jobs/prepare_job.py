@@ -81,11 +81,11 @@ def _run(plan: Plan, place: Place, placement: Placement, gpus: int) -> None:
     finally:
         _submission_file(plan.folder).unlink(missing_ok=True)
     deadline = time.monotonic() + _LAG_S
-    while (left := plan.left()) and state.word in DONE and time.monotonic() < deadline:
+    while (left := plan.left()) and state.slurm_state in DONE and time.monotonic() < deadline:
         time.sleep(_POLL_S[submission.executor])
     if left:
         failure = first_failure(logs, submission.job_id)
-        why = str(failure) if failure else f"it ended as {state.word}"
+        why = str(failure) if failure else f"it ended as {state.slurm_state}"
         raise UserError(
             f"{submission.where} has left {left} of {plan.total} parts undone: {why}; finished parts "
             f"are kept: start again to go on; log: {shown(failure.log if failure else logs)}"

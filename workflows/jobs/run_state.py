@@ -80,10 +80,14 @@ def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
         return RunState("running" if started else "starting", "", job)
     if job.phase == "unknown":
         return RunState("unknown", job.reason, job)
-    if cancelled or job.word == "CANCELLED":
+    if cancelled or job.slurm_state == "CANCELLED":
         return RunState("cancelled", "before it could save" if started else "before it began", job)
     return RunState(
-        "died", job.reason if job.word == NO_JOB.word else f"its job ended as {job.word}", job
+        "died",
+        job.reason
+        if job.slurm_state == NO_JOB.slurm_state
+        else f"its job ended as {job.slurm_state}",
+        job,
     )
 
 

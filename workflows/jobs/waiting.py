@@ -29,7 +29,7 @@ class FinishedJob(NamedTuple):
     @property
     def cause(self) -> str:
         """ "rank 1 on n2: MemoryError", or "it ended as TIMEOUT"."""
-        return str(self.failure) if self.failure else f"it ended as {self.state.word}"
+        return str(self.failure) if self.failure else f"it ended as {self.state.slurm_state}"
 
     @property
     def log(self) -> str:
@@ -76,7 +76,7 @@ def run_and_wait(
         job_state.end(submission, END_PATIENCE_S, lambda _: None)
         raise
     deadline = time.monotonic() + _LAG_S
-    while state.word in DONE and not is_complete() and time.monotonic() < deadline:
+    while state.slurm_state in DONE and not is_complete() and time.monotonic() < deadline:
         time.sleep(pause_s)
     failure = first_failure(job.folder, submission.job_id)
     return FinishedJob(submission, state, job.folder, failure)

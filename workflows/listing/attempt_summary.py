@@ -25,7 +25,9 @@ def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
     if not told:
         return []
     if job.phase == "ended" and told[-1].end is None:
-        told[-1] = replace(told[-1], end=diagnose_unrecorded(run.logs, last, told[-1], job.word))
+        told[-1] = replace(
+            told[-1], end=diagnose_unrecorded(run.logs, last, told[-1], job.slurm_state)
+        )
     elif job.phase == "ended" and told[-1].end and told[-1].end.requeue == "asked":
         told[-1] = attempts.answered(told[-1], "SLURM was asked to requeue it and has not")
     ends = [one.began for one in told[1:]] + [float("inf")]

@@ -112,7 +112,7 @@ class _Screen:
 
     def _line(self, trials: list[Trial], share: float, job: JobState) -> str:
         if not trials:
-            return f"{job.word.lower()}: {self.sweep.submissions()[-1].where}; Ray starts"
+            return f"{job.slurm_state.lower()}: {self.sweep.submissions()[-1].where}; Ray starts"
         ended = sum(trial.ended for trial in trials)
         parts = [f"{ended} of {self.settings.n_trials} trials, {share:.0%} of the epochs"]
         best = best_trial(trials, self.settings.mode)
@@ -185,7 +185,9 @@ def ending(sweep: SweepDirectory, trials: list[Trial], job: JobState) -> str:
     kinds = ("finished", "stopped early", "failed", "running", "queued")
     counts = {kind: sum(trial.status == kind for trial in trials) for kind in kinds}
     told = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
-    facts = [("sweep", f"{sweep.name}: {count(len(trials), 'trial')}; {told or job.word.lower()}")]
+    facts = [
+        ("sweep", f"{sweep.name}: {count(len(trials), 'trial')}; {told or job.slurm_state.lower()}")
+    ]
     failed = [trial for trial in trials if trial.status == "failed"]
     if failed:
         lines = [f"{changed(trial)}: {trial.reason}" for trial in failed[:10]]
@@ -232,4 +234,6 @@ def is_finished(sweep: SweepDirectory) -> bool:
 
 def _was_stopped(sweep: SweepDirectory, job: JobState) -> bool:
     told = attempts.read(sweep.logs, sweep.submissions()[-1].job_id)
-    return job.word == "CANCELLED" or bool(told and told[-1].cause in ("cancelled", "signal"))
+    return job.slurm_state == "CANCELLED" or bool(
+        told and told[-1].cause in ("cancelled", "signal")
+    )
