@@ -1,4 +1,4 @@
-"""Checkpoints: visible by rename, checked by sha256, loaded without unpickling anything.
+"""Checkpoints: made visible by a rename, checked by sha256, loaded without unpickling.
 
 checkpoints/
     step-00000469/model.safetensors       weights, fp32, by parameter name
@@ -47,49 +47,51 @@ class TrainingState(NamedTuple):
         return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
 
-def save(folder: Path, snapshot: TrainingState, keep: int, best: bool) -> Path:
-    """Writes a snapshot and removes all but the newest `keep` and the best one.
+def save(folder: Path, training_state: TrainingState, keep: int, best: bool) -> Path:
+    """Writes a checkpoint, removes all but the newest `keep` and the best one, and returns its folder.
 
-    Raises OSError (disk full); what was there before is then untouched. What cannot be removed is no error:
-    the next save tries again.
+    Raises OSError (disk full); the earlier checkpoints are then untouched. A file that cannot be
+    removed is no error: the next save tries again.
     """
-    name = _name(snapshot.state["step"])
-    final, nascent = folder / name, folder / f".{name}.new"
-    _sweep(folder)
-    nascent.mkdir(parents=True)
+    name = _name(training_state.state["step"])
+    final, temporary = folder / name, folder / f".{name}.new"
+    _remove_leftovers(folder)
+    temporary.mkdir(parents=True)
     try:
         digests = {}
-        for part, tensors in snapshot.tensors.items():
-            file = nascent / f"{part}.safetensors"
+        for part, tensors in training_state.tensors.items():
+            file = temporary / f"{part}.safetensors"
             write_weights(tensors, file)
             digests[file.name] = sha256_of_file(file)
             fsync(file)
-        digests[_STATE] = sha256_of_json(snapshot.state)
-        state = {**snapshot.state, "sha256": digests}
-        (nascent / _STATE).write_text(json.dumps(state, indent=1))
-        fsync(nascent / _STATE)
-        if final.exists():  # a damaged one that this run fell back behind
+        digests[_STATE] = sha256_of_json(training_state.state)
+        state = {**training_state.state, "sha256": digests}
+        (temporary / _STATE).write_text(json.dumps(state, indent=1))
+        fsync(temporary / _STATE)
+        if final.exists():  # a damaged one, before which this run resumed
             _discard(final)
-        os.rename(nascent, final)
+        os.rename(temporary, final)
         fsync(folder)
-    except Exception:
-        # safetensors has an exception of its own for a full disk.
-        shutil.rmtree(nascent, ignore_errors=True)
+    except Exception:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     if best:
         link = folder / f".{_BEST}.new"
         link.unlink(missing_ok=True)
         link.symlink_to(name)
         os.replace(link, folder / _BEST)
-    _prune(folder, keep)
+    for old in steps(folder)[:-keep]:
+        if [old] != _best(folder):
+            with suppress(OSError):
+                _discard(folder / old)
     return final
 
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> TrainingState | None:
-    """The newest snapshot whose checksums hold; None where there is none at all.
+    """Returns the newest checkpoint whose checksums match, or None if there is no checkpoint.
 
-    warn: is told of every damaged checkpoint that was passed over.
-    Raises UserError where there are checkpoints and all of them are damaged.
+    `warn` is called with a message for every damaged checkpoint that is skipped. Raises UserError if
+    all of them are damaged.
     """
     names = steps(folder)
     for name in reversed(names):
@@ -105,7 +107,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> TrainingState | No
 
 
 def load_step(folder: Path, step: int) -> TrainingState:
-    """The snapshot of that step. Raises UserError where it is damaged or not there."""
+    """Returns the checkpoint of a step. Raises UserError if it is damaged or missing."""
     name = _name(step)
     try:
         return _load(folder / name)
@@ -114,25 +116,24 @@ def load_step(folder: Path, step: int) -> TrainingState:
 
 
 def load_weights(folder: Path, warn: Callable[[str], None]) -> tuple[Tensors, int]:
-    """Weights of the best intact checkpoint (the averaged ones where kept) and its step.
+    """Returns the weights of the best intact checkpoint (averaged, if it has such) and its step.
 
-    Falls back to the newest intact one, and tells `warn` of every one passed over. Raises UserError where
-    there is none.
+    Falls back to the newest intact one; `warn` is called with a message for every damaged checkpoint.
+    Raises UserError if none is intact.
     """
-    best = [os.readlink(folder / _BEST)] if (folder / _BEST).is_symlink() else []
-    for name in best + steps(folder)[::-1]:
+    for name in _best(folder) + steps(folder)[::-1]:
         part = "ema" if (folder / name / "ema.safetensors").exists() else "model"
         try:
-            snapshot = _load(folder / name, parts=(part,))
+            loaded = _load(folder / name, parts=(part,))
         except ValueError as error:
             warn(f"checkpoint {name} is damaged ({error}); taking another")
             continue
-        return snapshot.tensors[part], snapshot.state["step"]
+        return loaded.tensors[part], loaded.state["step"]
     raise UserError(f"{folder}: there is no intact checkpoint yet")
 
 
 def steps(folder: Path) -> list[str]:
-    """Names of the checkpoints there are, oldest first."""
+    """Returns the names of the checkpoints in a folder, oldest first."""
     return sorted(path.name for path in folder.glob("step-*"))
 
 
@@ -140,63 +141,56 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _best(folder: Path) -> list[str]:
+    link = folder / _BEST
+    return [os.readlink(link)] if link.is_symlink() else []
+
+
 def _load(folder: Path, parts: tuple[str, ...] = ()) -> TrainingState:
-    """Raises ValueError saying what is damaged. parts: those wanted; if empty, all that a run goes on from."""
+    """Reads the named parts, by default all. Raises ValueError with what is damaged."""
     try:
         state = json.loads((folder / _STATE).read_text())
         digests: dict[str, str] = state.pop("sha256")
         if digests.pop(_STATE) != sha256_of_json(state):
             raise ValueError(f"the checksum of {_STATE} does not match")
-        there = {file.name for file in folder.glob("*.safetensors")}
-        needed = {f"{part}.safetensors" for part in parts or ("model", "optimizer")}
-        if unlisted := sorted((there | needed) - digests.keys()):
+        present = {file.name for file in folder.glob("*.safetensors")}
+        required = {f"{part}.safetensors" for part in parts or ("model", "optimizer")}
+        if unlisted := sorted((present | required) - digests.keys()):
             raise ValueError(f"{_STATE} has no checksum of {unlisted[0]}")
         tensors = {}
         for name, digest in digests.items():
             part = name.removesuffix(".safetensors")
             if parts and part not in parts:
                 continue
-            # Read and not mapped: a mapping would live as long as the tensors, and with it the removed file.
+            # Not mapped: a mapping would keep a removed file on the disk as long as the tensors live.
             content = (folder / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"the checksum of {name} does not match")
             tensors[part] = load(content)
     except (
-        OSError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        SafetensorError,
-        json.JSONDecodeError,
+        *(OSError, KeyError, AttributeError, TypeError, RecursionError),
+        *(SafetensorError, json.JSONDecodeError),
     ) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     return TrainingState(tensors, state)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    best = os.readlink(folder / _BEST) if (folder / _BEST).is_symlink() else None
-    for name in steps(folder)[:-keep]:
-        if name != best:
-            with suppress(OSError):
-                _discard(folder / name)
+def _discard(checkpoint: Path) -> None:
+    """Removes a checkpoint. Renames it first, so that no reader meets half of one.
 
-
-def _discard(path: Path) -> None:
-    """Takes a checkpoint's name away, and removes its files as far as they can be removed.
-
-    Renamed first, so that a reader never meets half a checkpoint. On NFS a file that somebody still reads leaves a
-    `.nfs…` file behind, which keeps its folder from being removed. Raises OSError if it cannot be renamed.
+    On NFS a file that somebody still reads leaves a `.nfs…` file, which keeps the folder from being
+    removed; the next save tries again. Raises OSError if the checkpoint cannot be renamed.
     """
-    doomed = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = Path(
+        tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".old", dir=checkpoint.parent)
+    )
     try:
-        os.rename(path, doomed / path.name)
+        os.rename(checkpoint, old / checkpoint.name)
     finally:
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what a kill, or a file that could not be removed, has left of earlier checkpoints."""
-    for pattern in (".step-*.new", ".step-*.old"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what an earlier save left behind because it was killed or could not remove it."""
+    for leftover in [*folder.glob(".step-*.new"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)

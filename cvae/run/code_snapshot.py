@@ -1,12 +1,12 @@
 """The code of a run, as it was when the run was submitted.
 
-A job may wait in the queue for hours, and start again days later; until then somebody edits the checkout. So a
-submission copies the project's packages to <home>/code/<id>, and the job's PYTHONPATH begins with that folder.
-Runs that were submitted from the same sources and commit share one copy, to which each has a link: code/<id>.
+A job may wait in the queue for hours and restart days later, while somebody edits the checkout. So a
+submission copies the project's packages to <home>/code/<id>, and the job's PYTHONPATH begins with that
+folder. Runs submitted from the same sources and commit share one copy; each has a link code/<id> to it.
 
     <home>/code/<id>/cvae, slurm, …   the packages' *.py
                      commit.json      {"commit", "uncommitted_changes", "source"}
-                     changes.patch    what makes these sources of that commit; also of files that git does not know
+                     changes.patch    turns the commit into these sources, untracked files included
 """
 
 import contextlib
@@ -26,23 +26,23 @@ from cvae.errors import UserError
 from cvae.files import paths
 
 _PACKAGES = ("cvae", "slurm", "workflows", "analysis")
-_FACTS, _PATCH = "commit.json", "changes.patch"
+_COMMIT_FILE, _PATCH_FILE = "commit.json", "changes.patch"
 _UNUSED_S = 30 * 24 * 3600.0
 
 
 class Code(NamedTuple):
-    """What a process of ours runs."""
+    """Identifies the code that a process of the project runs."""
 
     root: Path
     """The folder of the packages: a checkout, an installation or a snapshot."""
     source: str
     """sha256 over the names and contents of the packages' *.py."""
     commit: str | None
-    """None where git knows of none."""
+    """None without git."""
     uncommitted_changes: bool
 
     def __str__(self) -> str:
-        """As "commit 0123456789ab with uncommitted changes"."""
+        """Returns, for example, "commit 0123456789ab with uncommitted changes (ba9876543210)"."""
         if self.commit is None:
             return f"sources {self.source[:12]}"
         changes = f" with uncommitted changes ({self.source[:12]})"
@@ -50,16 +50,16 @@ class Code(NamedTuple):
 
 
 def read(root: Path = paths.PROJECT_ROOT) -> Code:
-    """What lies there; by default what this very process has imported."""
+    """Identifies the code in a folder, by default the code that this process has imported."""
     source = _sha256(sources(root))
-    if (root / _FACTS).is_file():
-        facts = json.loads((root / _FACTS).read_text())
+    if (root / _COMMIT_FILE).is_file():
+        facts = json.loads((root / _COMMIT_FILE).read_text())
         return Code(root, source, facts["commit"], facts["uncommitted_changes"])
     return Code(root, source, _commit(root), bool(_changes(root)))
 
 
 def sources(root: Path) -> dict[str, bytes]:
-    """The packages' *.py, by their paths below root."""
+    """Returns the contents of the packages' *.py by their paths below `root`."""
     return {
         file.relative_to(root).as_posix(): file.read_bytes()
         for package in _PACKAGES
@@ -68,14 +68,14 @@ def sources(root: Path) -> dict[str, bytes]:
 
 
 class CodeSnapshot:
-    """The code of this process, held until write() makes a folder of it. Made from a snapshot it is that one."""
+    """The code in `root`, in memory until write() makes a folder of it. A snapshot's snapshot is itself."""
 
     def __init__(self, root: Path = paths.PROJECT_ROOT) -> None:
         self._contents = sources(root)
         self.source = _sha256(self._contents)
         """See Code."""
-        if (root / _FACTS).is_file():
-            for name in (_FACTS, _PATCH):
+        if (root / _COMMIT_FILE).is_file():
+            for name in (_COMMIT_FILE, _PATCH_FILE):
                 with contextlib.suppress(FileNotFoundError):
                     self._contents[name] = (root / name).read_bytes()
             return
@@ -85,22 +85,25 @@ class CodeSnapshot:
             "uncommitted_changes": bool(changes),
             "source": self.source,
         }
-        self._contents[_FACTS] = (json.dumps(facts, indent=1) + "\n").encode()
+        self._contents[_COMMIT_FILE] = (json.dumps(facts, indent=1) + "\n").encode()
         if changes:
-            self._contents[_PATCH] = changes
+            self._contents[_PATCH_FILE] = changes
 
     @cached_property
     def path(self) -> Path:
-        """Where write() puts it."""
-        return _store() / _sha256(self._contents)[:16]
+        """The folder that write() makes."""
+        return _snapshots() / _sha256(self._contents)[:16]
 
     def write(self) -> Path:
-        """Makes the folder, unless it is there. Raises UserError where that cannot be, or it has been changed."""
+        """Makes the folder unless it exists, and returns it.
+
+        Raises UserError if it cannot be written or has been edited.
+        """
         try:
             if self.path.is_dir():
-                os.utime(self.path)  # it is in use; see _prune
+                os.utime(self.path)  # in use: see _remove_unused
             else:
-                _prune()
+                _remove_unused()
                 self._make()
         except OSError as error:
             raise UserError(
@@ -114,42 +117,41 @@ class CodeSnapshot:
 
     def _make(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        nascent = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
         try:
             for name, content in self._contents.items():
-                file = nascent / name
+                file = temporary / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             umask = os.umask(0)
             os.umask(umask)
-            nascent.chmod(0o777 & ~umask)  # mkdtemp makes folders private
-            nascent.rename(self.path)
+            temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
+            temporary.rename(self.path)
         except OSError:
-            shutil.rmtree(nascent, ignore_errors=True)
-            # Another launch may have been faster.
-            if not self.path.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not self.path.is_dir():  # otherwise another launch was faster
                 raise
 
 
 def link(run: Path, code: Path) -> None:
-    """Makes the snapshot one of the run's; relative, so that home may be moved."""
+    """Links a snapshot into a run's folder code/, relatively, so that home may be moved."""
     folder = run / "code"
     folder.mkdir(exist_ok=True)
     with contextlib.suppress(FileExistsError):
         (folder / code.name).symlink_to(os.path.relpath(code, folder.resolve()))
 
 
-def _prune() -> None:
-    """Removes snapshots that no run or sweep links to and that nobody has submitted with for a month."""
+def _remove_unused() -> None:
+    """Removes snapshots to which no run or sweep links and with which nobody has submitted for a month."""
     owners = (paths.runs_dir(), paths.sweeps_dir())
     linked = {file.name for folder in owners for file in folder.glob("*/code/*")}
-    for folder in _store().glob("*"):
+    for folder in _snapshots().glob("*"):
         with contextlib.suppress(OSError):
             if folder.name not in linked and folder.stat().st_mtime < time.time() - _UNUSED_S:
                 shutil.rmtree(folder)
 
 
-def _store() -> Path:
+def _snapshots() -> Path:
     return paths.home() / "code"
 
 
@@ -161,16 +163,16 @@ def _sha256(contents: Mapping[str, bytes]) -> str:
 
 
 def _commit(root: Path) -> str | None:
-    found = _git(root, "rev-parse", "HEAD")
-    return None if found is None else found.decode().strip()
+    commit = _git(root, "rev-parse", "HEAD")
+    return None if commit is None else commit.decode().strip()
 
 
 def _changes(root: Path) -> bytes:
-    """What `git apply` needs to make the packages' *.py of the commit; empty without git."""
+    """Returns the patch that turns HEAD into the packages' *.py; empty without git."""
     packages = [package for package in _PACKAGES if (root / package).is_dir()]
     specs = [f":(glob){package}/**/*.py" for package in packages]
     with tempfile.TemporaryDirectory() as folder:
-        # git diff leaves out what is untracked: an index of our own makes it known. The user's stays as it is.
+        # git diff omits untracked files unless the index lists them. The user's index is not touched.
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         if _git(root, "read-tree", "HEAD", **index) is None:
             return b""
@@ -179,7 +181,7 @@ def _changes(root: Path) -> bytes:
 
 
 def _git(root: Path, *arguments: str, **environment: str) -> bytes | None:
-    """None where git fails, or knows another project than the one at root."""
+    """Returns git's output, or None if git fails or `root` is not the root of a repository."""
     try:
         if not (root / ".git").exists():
             return None

@@ -1,4 +1,4 @@
-"""A run's folder: the truth about it, from the resolved experiment to the last checkpoint."""
+"""A run's folder, which holds everything about it: docs/formats.md describes the files."""
 
 import errno
 import os
@@ -6,7 +6,8 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from cvae.files import json_file, paths
 
 LATEST = "latest"
 _SUBMISSIONS = TypeAdapter(list[dict[str, Any]])
-_LONGEST_NAME = 90
+_LONGEST_NAME_WITH_VALUES = 90
 
 
 class RunDirectory:
-    """Names the files of a run. docs/formats.md describes them."""
+    """The paths of a run's files, and access to those that describe it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,34 +40,25 @@ class RunDirectory:
     def create(
         cls, name: str | None, experiment: Experiment, folder: Path | None = None
     ) -> "RunDirectory":
-        """Makes a new run's folder with its experiment.yaml, whole or not at all.
+        """Creates the folder of a new run with its experiment.yaml, whole or not at all.
 
-        name: None for the experiment's name and the time. folder: where, if not among the runs. Raises
-        UserError where the name is taken or malformed, or where the folder cannot be written.
+        name: by default the experiment's name and the time. folder: the parent, by default that of
+        all runs. Raises UserError if the name is malformed or taken or the folder cannot be written.
         """
         check_new_name(name)
-        name = name or free_name(experiment.name)
-        run = cls((folder or paths.runs_dir()) / name)
-        nascent = run.path.with_name(f".{name}.{os.getpid()}.new")
-        try:
-            nascent.mkdir(parents=True)
-            for folder in (run.checkpoints, run.pictures, run.logs):
-                (nascent / folder.name).mkdir()
+        run = cls((folder or paths.runs_dir()) / (name or free_name(experiment.name)))
+        with new_folder(run.path, _taken(run.path)) as temporary:
+            for empty in (run.checkpoints, run.pictures, run.logs):
+                (temporary / empty.name).mkdir()
             text = yaml_model.dump(experiment, "The whole experiment; launch.py takes it back.")
-            paths.write_atomically(nascent / run.experiment_file.name, text)
-            os.rename(nascent, run.path)
-        except OSError as error:
-            shutil.rmtree(nascent, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise UserError(_taken(run.path)) from None
-            raise UserError(f"{run.path}: cannot be written: {error.strerror}") from None
+            paths.write_atomically(temporary / run.experiment_file.name, text)
         return run
 
     @classmethod
     def open(cls, name: str) -> "RunDirectory":
-        """The run of that name, of that path, or the newest one for "latest".
+        """Returns the run of a name or path, or the newest run for "latest".
 
-        Raises UserError where there is none, with the nearest name.
+        Raises UserError, with the nearest name, if there is no such run.
         """
         runs = {run.name: run for run in all_runs()}
         if name == LATEST and runs:
@@ -76,12 +68,13 @@ class RunDirectory:
         run = cls(Path(os.path.abspath(name)))
         if os.path.isfile(run.experiment_file):
             return cls(run.path.resolve())
-        near = did_you_mean(name, runs) or "; `runs.py list` shows the runs there are"
-        raise UserError(f"{cut(name, 100)}: no such run in {paths.runs_dir()}{near}")
+        near = did_you_mean(name, runs)
+        message = f"{cut(name, 100)}: no such run in {paths.runs_dir()}{near}"
+        raise UserError(message, hint="" if near else "no_run")
 
     @property
     def created(self) -> float:
-        """Unix seconds; the experiment's file is written once, when the run is made. 0 if it cannot be seen."""
+        """Unix seconds, from experiment.yaml, which is written once; 0 if it cannot be read."""
         try:
             return self.experiment_file.stat().st_mtime
         except OSError:
@@ -91,15 +84,32 @@ class RunDirectory:
         return load_experiment(self.experiment_file)
 
     def submissions(self) -> list[dict[str, Any]]:
-        """Returns every time the run was handed to SLURM or to this machine, oldest first.
-
-        Raises UserError if launch.json is damaged.
-        """
+        """Returns every submission of the run, oldest first. Raises UserError if launch.json is damaged."""
         return json_file.load(self.launch_file, _SUBMISSIONS) or []
 
 
+@contextmanager
+def new_folder(path: Path, taken: UserError) -> Iterator[Path]:
+    """Yields an empty folder that becomes `path` at the end of the block, or vanishes if that fails.
+
+    Raises `taken` if `path` exists by then, and UserError if it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise taken from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def all_runs() -> list[RunDirectory]:
-    """Every run under home(), newest first; also those that cannot be looked into, last."""
+    """Returns every run under home(), newest first; those that cannot be read are last."""
     try:
         folders = sorted(paths.runs_dir().iterdir())
     except OSError:
@@ -112,56 +122,53 @@ def _is_run(run: RunDirectory) -> bool:
     try:
         return stat.S_ISREG(run.experiment_file.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        # A link to nowhere was a run, or its experiment.
+        # A broken link used to be a run, or its experiment.
         return run.experiment_file.is_symlink() or not run.path.exists()
     except OSError:
         return True
 
 
 def find_sweep(name: str) -> Path:
-    """The folder of the sweep of that name, or of the newest for "latest".
+    """Returns the folder of the sweep of a name, or of the newest for "latest".
 
-    Raises UserError where there is none, with the nearest name.
+    Raises UserError, with the nearest name, if there is no such sweep.
     """
-    made = {file.parent.name: file for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")}
-    if name == LATEST and made:
-        return max(made.values(), key=lambda file: file.stat().st_mtime).parent
-    if name not in made:
-        near = did_you_mean(name, made)
+    files = {file.parent.name: file for file in paths.sweeps_dir().glob("[!.]*/experiment.yaml")}
+    if name == LATEST and files:
+        return max(files.values(), key=lambda file: file.stat().st_mtime).parent
+    if name not in files:
+        near = did_you_mean(name, files)
         raise UserError(f"{cut(name, 100)}: no such sweep in {paths.sweeps_dir()}{near}")
-    return made[name].parent
+    return files[name].parent
 
 
 def check_new_name(name: str | None) -> None:
-    """Raises UserError where a new run cannot have that name."""
+    """Raises UserError if a new run cannot have that name; None stands for a name that is always free."""
     if name is None:
         return
-    whole = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
-    if not whole or len(name) > LONGEST_NAME or name == LATEST:
+    well_formed = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
+    if not well_formed or len(name) > LONGEST_NAME or name == LATEST:
         raise UserError(
             f"--name {cut(name, 100)}: a run's name is letters, digits, '_', '.', '-', at most"
             f" {LONGEST_NAME} of them, and not {LATEST!r}"
         )
     if (paths.runs_dir() / name).exists():
-        raise UserError(_taken(paths.runs_dir() / name))
+        raise _taken(paths.runs_dir() / name)
 
 
-def _taken(path: Path) -> str:
-    return (
-        f"run name {path.name} is taken ({path}); choose another --name, or continue that run with"
-        f" `python workflows/runs.py resume {path.name}`"
-    )
+def _taken(path: Path) -> UserError:
+    return UserError(f"run name {path.name} is taken ({path})", hint="run_taken", name=path.name)
 
 
 def telling_name(stem: str, values: Mapping[str, str]) -> str:
-    """As "demo-latent_dim_64-lr_3e-4" for the keys that differ: what one reads in MLflow's list of runs."""
+    """Returns a stem and the keys that differ, such as "demo-latent_dim_64-lr_3e-4"."""
     parts = [f"{key.rpartition('.')[2]}_{value}" for key, value in values.items()]
-    text = "-".join([stem, *parts])
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:_LONGEST_NAME].rstrip("-._")
+    text = re.sub(r"[^A-Za-z0-9_.-]", "_", "-".join([stem, *parts]))
+    return text[:_LONGEST_NAME_WITH_VALUES].rstrip("-._")
 
 
 def free_name(stem: str, folder: Path | None = None) -> str:
-    """A name for a new folder: the stem and the time. folder: where it is to be; by default that of the runs."""
+    """Returns a stem and the time, as a name that is free in `folder`, by default that of all runs."""
     folder = folder or paths.runs_dir()
     base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base, *(f"{base}-{n}" for n in range(2, 1000)))
