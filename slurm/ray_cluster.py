@@ -24,6 +24,7 @@ import psutil
 import submitit
 
 from cvae.distributed.network_interface import is_loopback, source_address
+from cvae.distributed.stop_flag import StopFlag
 from cvae.errors import UserError
 from cvae.files.paths import write_atomically
 from slurm.ray_files import private_folder, trouble
@@ -49,18 +50,6 @@ class ClusterResult(NamedTuple):
     signals: tuple[str, ...] = ()
 
 
-class _Stop:
-    """SIGTERM and SIGUSR2 (time limit), to be looked at in the waiting loops."""
-
-    def __init__(self) -> None:
-        self.signal = ""
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
-
-
 def write_token(folder: Path) -> dict[str, str]:
     """Makes the cluster's token; returns the environment of all that are to take part."""
     file = folder / "ray_token"
@@ -82,7 +71,7 @@ def run(
     """
     node, nodes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _set_node_address(node)
-    stop = _Stop()
+    stop = StopFlag()
     meeting = folder / "ray_head"
     with private_folder() as ray_folder:
         if node > 0:
@@ -97,7 +86,7 @@ def run(
 
 
 def _head(
-    driver: list[str], beside: list[str], environment: dict[str, str], meeting: Path, stop: _Stop
+    driver: list[str], beside: list[str], environment: dict[str, str], meeting: Path, stop: StopFlag
 ) -> ClusterResult:
     problem = Path(environment["RAY_TMPDIR"], PROBLEM)
     with _helper(beside, stop):
@@ -209,7 +198,7 @@ def _environment(nodes: int, meeting: Path, ray_folder: Path) -> dict[str, str]:
     return environment
 
 
-def _worker(meeting: Path, gpus: int, stop: _Stop, ray_folder: Path) -> None:
+def _worker(meeting: Path, gpus: int, stop: StopFlag, ray_folder: Path) -> None:
     """Lends this node to the head until that has gone."""
     head = _find_head(meeting, stop)
     if head is None:
@@ -273,7 +262,7 @@ def _jobs_here(meeting: Path) -> bool:
     return False
 
 
-def _find_head(meeting: Path, stop: _Stop) -> str | None:
+def _find_head(meeting: Path, stop: StopFlag) -> str | None:
     deadline = time.monotonic() + _HEAD_PATIENCE_S
     while not stop.signal:
         with suppress(OSError):
@@ -296,7 +285,7 @@ def _answers(address: str) -> bool:
 
 
 @contextmanager
-def _helper(module: list[str], stop: _Stop) -> Iterator[None]:
+def _helper(module: list[str], stop: StopFlag) -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-m", *module], stdin=subprocess.PIPE, start_new_session=True
     )
@@ -310,7 +299,7 @@ def _helper(module: list[str], stop: _Stop) -> Iterator[None]:
         process.kill()
 
 
-def _wait(process: "subprocess.Popen[bytes]", stop: _Stop) -> int:
+def _wait(process: "subprocess.Popen[bytes]", stop: StopFlag) -> int:
     deadline = float("inf")
     while (status := process.poll()) is None and time.monotonic() < deadline:
         if stop.signal and deadline == float("inf"):

@@ -1,4 +1,4 @@
-"""This process's place among the ranks, and the few things that all ranks decide together."""
+"""This process's place among the ranks, and the small decisions that all ranks make together."""
 
 import datetime
 import os
@@ -17,10 +17,10 @@ from cvae.distributed import network_interface
 from cvae.errors import UserError
 
 T = TypeVar("T")
-# All ranks are there within this time, or none begins. $CVAE_START_S goes before.
-_GATHERING_S = 330
-# Rank 0 may draw and write for some minutes while the others wait. A rank that is lost, or a step that hangs, is
-# found earlier, by the watchdog.
+# All ranks connect within this time, or none begins. $CVAE_START_S takes precedence.
+_CONNECT_S = 330
+# Rank 0 may draw and write for some minutes while the others wait. The watchdog finds a lost rank, or a step that
+# hangs, earlier.
 _COLLECTIVE = datetime.timedelta(minutes=10)
 
 
@@ -39,11 +39,11 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This rank's part of n items; parts differ by at most one and follow one another by rank."""
+        """Returns this rank's part of n items; parts differ by at most one and follow one another by rank."""
         return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     def any(self, flag: bool) -> bool:
-        """Returns whether the flag is set on at least one rank: the same answer on all."""
+        """Returns on all ranks whether the flag is set on at least one."""
         return self.ask_any(flag)()
 
     def ask_any(self, flag: bool) -> Callable[[], bool]:
@@ -63,45 +63,61 @@ class Ranks:
         return answer
 
     def sum(self, values: Tensor) -> Tensor:
-        """The elementwise sum over all ranks."""
+        """Returns the elementwise sum over all ranks, in place."""
         if self.control is not None:
             dist.all_reduce(values)
         return values
 
     def min(self, values: Tensor) -> Tensor:
-        """The elementwise minimum over all ranks."""
+        """Returns the elementwise minimum over all ranks, in place."""
         if self.control is not None:
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
     def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank. Plain data only: it travels pickled between our own ranks."""
+        """Returns rank 0's value on every rank. Plain data only: it travels pickled between our own ranks."""
         if self.control is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value: str) -> list[str]:
-        """Every rank's value, in order of rank, on all ranks."""
+    def gather(self, value: T) -> list[T]:
+        """Returns every rank's value, in order of rank, on all ranks. Plain data only, as for `tell`."""
         if self.control is None:
             return [value]
-        values: list[str] = [""] * self.world_size
+        values = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def everywhere(self, action: Callable[[], T]) -> T:
+        """Returns action() on this rank. If a rank raises UserError, all do: none waits for the others."""
+        result, own_error = None, None
+        try:
+            result = action()
+        except UserError as error:
+            own_error = error
+        answers = self.gather((socket.gethostname(), own_error))
+        errors = [(host, error) for host, error in answers if error is not None]
+        if errors:
+            host, error = errors[0]
+            if len(errors) < len(answers):
+                error.args = (f"{host}: {error}",)
+            raise error
+        return result  # type: ignore[return-value]
 
 
 @contextmanager
 def connect() -> Iterator[Ranks]:
-    """Joins the other ranks as torch's own environment variables say; alone where they are not set.
+    """Joins the other ranks by torch's environment variables; yields a single rank if they are not set.
 
-    The device is the GPU of this rank where there are GPUs, else the CPU, its cores shared out among the
-    ranks of this host unless OMP_NUM_THREADS or CVAE_CORES, the share of this rank, says otherwise.
+    The device is this rank's GPU, or else the CPU. The cores of a host are shared out among its ranks, unless
+    OMP_NUM_THREADS or CVAE_CORES (this rank's share) says otherwise.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        # Where the cluster binds one GPU to each task, every task sees just one, whatever its local rank.
+        # If the cluster binds one GPU to each task, every task sees just one, whatever its local rank.
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -113,7 +129,7 @@ def connect() -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, device, None)
         return
-    # As init_process_group would make it, but for a time-out of its own.
+    # As init_process_group would make it, but with a time-out of its own.
     if several_hosts := on_host < world_size:
         network_interface.check_address(rank < on_host)
     store = _store(world_size, is_master=rank == 0)
@@ -135,15 +151,15 @@ def connect() -> Iterator[Ranks]:
 
 
 def check_same_device(store: Store, rank: int, world_size: int, kind: str) -> None:
-    """Raises UserError on all ranks where some have a GPU and others none: they would wait for each other."""
+    """Raises UserError on all ranks if only some have a GPU: they would wait for each other."""
     store.set(f"device {rank}", f"{kind} {socket.gethostname()}")
-    told = [store.get(f"device {other}").decode().split() for other in range(world_size)]
+    devices = [store.get(f"device {other}").decode().split() for other in range(world_size)]
     store.set(f"device heard {rank}", "yes")
     if rank == 0:
         # The store ends with this process.
         store.wait([f"device heard {other}" for other in range(world_size)])
-    if len({kind for kind, _ in told}) > 1:
-        without = sorted({host for kind, host in told if kind == "cpu"})
+    if len({kind for kind, _ in devices}) > 1:
+        without = sorted({host for kind, host in devices if kind == "cpu"})
         raise UserError(
             f"{', '.join(without)}: PyTorch sees no GPU there, but elsewhere in the job; see what"
             " nvidia-smi says there, or keep the job away from that node"
@@ -151,14 +167,16 @@ def check_same_device(store: Store, rank: int, world_size: int, kind: str) -> No
 
 
 def another_store() -> Store:
-    """A connection of one's own to the store that the ranks met at, for use by a thread."""
+    """Returns a second connection to the store at which the ranks met, for a thread of its own."""
     return PrefixStore("watchdog", _store(None, is_master=False))
 
 
 def _store(world_size: int | None, is_master: bool) -> Store:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    whole = world_size is not None
-    patience = datetime.timedelta(seconds=float(os.environ.get("CVAE_START_S", _GATHERING_S)))
     return dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, world_size, is_master, timeout=patience, wait_for_workers=whole
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master,
+        timeout=datetime.timedelta(seconds=float(os.environ.get("CVAE_START_S", _CONNECT_S))),
+        wait_for_workers=world_size is not None,
     )

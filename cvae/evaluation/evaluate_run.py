@@ -23,7 +23,6 @@ from cvae.evaluation.latents import active_units, probe
 from cvae.evaluation.metric_groups import EvaluationRequest, metric_prefix
 from cvae.evaluation.reconstruction import evaluate_reconstruction
 from cvae.files.paths import write_atomically
-from cvae.preflight.inspection import everywhere
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
@@ -57,7 +56,7 @@ def evaluate_runs(requests: Sequence[Mapping[str, Any]], progress_file: Path) ->
 def _evaluate(
     run: RunDirectory, asked: EvaluationRequest, ranks: Ranks, progress_file: Path
 ) -> None:
-    trained: TrainedModel = everywhere(ranks, lambda: load_run(run, ranks.device))
+    trained: TrainedModel = ranks.everywhere(lambda: load_run(run, ranks.device))
     precision.establish(trained.experiment.training, ranks.device, measures=True)
     lines = journal.read(run.journal_file)[0]
     _check_data(trained, lines)

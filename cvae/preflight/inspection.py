@@ -5,7 +5,6 @@ that the network works and how fast.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,14 +13,13 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from cvae.config.experiment import Experiment, load_experiment
-from cvae.data.experiment_data import ExperimentData, open_data
+from cvae.data.experiment_data import open_data
 from cvae.distributed.device import describe, memory
 from cvae.distributed.ranks import Ranks, connect
 from cvae.errors import UserError
@@ -41,7 +39,6 @@ from cvae.preflight.checks import (
 from cvae.run import code_snapshot
 from cvae.run.provenance import package_versions
 
-T = TypeVar("T")
 EXPERIMENT_FILE, REPORT_FILE = "experiment.yaml", "report.json"
 _LARGEST_TEST = 64 * 2**20  # bytes
 _TEST_S = 0.2
@@ -126,21 +123,6 @@ def need_of(
     )
 
 
-def everywhere(ranks: Ranks, action: Callable[[], T]) -> T:
-    """action() on this rank. Where a rank raises UserError, all raise it, so that none waits for the others."""
-    result, complaint = None, ""
-    try:
-        result = action()
-    except UserError as error:
-        complaint = str(error)
-    said = [json.loads(text) for text in ranks.gather(json.dumps([_host(), complaint]))]
-    bad = [(host, text) for host, text in said if text]
-    if bad:
-        host, text = bad[0]
-        raise UserError(text if len(bad) == len(said) else f"{host}: {text}")
-    return result  # type: ignore[return-value]
-
-
 def alone(folder: Path) -> None:
     """Just this, as a job: rank 0 leaves its report in the folder.
 
@@ -154,7 +136,7 @@ def alone(folder: Path) -> None:
         if (folder / EXPERIMENT_FILE).is_file():
             experiment = load_experiment(folder / EXPERIMENT_FILE)
             signal.alarm(0)  # to read the data for the first time may take longer
-            data: ExperimentData = everywhere(ranks, lambda: open_data(experiment))
+            data = ranks.everywhere(lambda: open_data(experiment))
             signal.alarm(_ALONE_S)
             with torch.device("meta"):
                 model = build_model(

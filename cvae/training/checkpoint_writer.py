@@ -1,4 +1,4 @@
-"""Checkpoints off the critical path: training waits for a copy in memory, a thread writes it to disk."""
+"""Writes checkpoints in the background: training waits for a copy in memory, a thread writes it to disk."""
 
 import threading
 import time
@@ -14,35 +14,35 @@ from cvae.run import checkpoint
 from cvae.run.checkpoint import TrainingState
 
 
-class Saver:
-    """Writes one snapshot after the other; a second one never overtakes the first.
+class CheckpointWriter:
+    """Writes one checkpoint after the other; a second one never overtakes the first.
 
-    told: is called, from the writing thread, with what became of each: step, path, best, stall_s (how long
-    training stood still), write_s; or step and error (an OSError's words) where it could not be written.
+    report: is called from the writing thread after each write with step, path, best, stall_s (how long training
+    waited) and write_s; after a failed one with step and error (the OSError's message).
     """
 
-    def __init__(self, folder: Path, told: Callable[[dict[str, Any]], None]):
-        self.folder, self.told = folder, told
+    def __init__(self, folder: Path, report: Callable[[dict[str, Any]], None]):
+        self.folder, self.report = folder, report
+        self.best = float("inf")
+        """The lowest validation loss of the checkpoints that have been written."""
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._writing: threading.Thread | None = None
         self._error: Exception | None = None
-        self.best = float("inf")
-        """The lowest validation loss of those checkpoints that have been written."""
 
-    def save(self, snapshot: TrainingState, keep: int, best: bool) -> None:
-        """checkpoint.save() in the background; returns as soon as the tensors may change again."""
+    def save(self, state: TrainingState, keep: int, best: bool) -> None:
+        """Calls checkpoint.save() in the background; returns as soon as the tensors may change again."""
         began = time.perf_counter()
         self.wait()
-        copied = self._copied(snapshot)
+        copied = self._copied(state)
         stall_s = time.perf_counter() - began
-        # Not a daemon: Python's end waits for it.
+        # Not a daemon: Python's exit waits for it.
         self._writing = threading.Thread(
             target=self._write, args=(copied, keep, best, stall_s), name="checkpoint"
         )
         self._writing.start()
 
     def finish(self) -> None:
-        """Waits for the last write. Raises what kept it from being written, as OSError for a full disk.
+        """Waits for the last write. Raises the error that it ended in, OSError for a full disk.
 
         Raises UserError if there is no checkpoint at all: a second attempt would start from step 0 and end here.
         """
@@ -56,15 +56,15 @@ class Saver:
             raise self._error
 
     def wait(self) -> None:
-        """Until nothing is being written, whatever became of it."""
+        """Waits until nothing is being written, whether that succeeded or not."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
 
-    def _copied(self, snapshot: TrainingState) -> TrainingState:
-        """In host memory that is used again: a fresh gigabyte would cost more than the copying."""
+    def _copied(self, state: TrainingState) -> TrainingState:
+        """Returns a copy in host memory that is reused: allocating a gigabyte costs more than copying it."""
         tensors: dict[str, dict[str, Tensor]] = {}
-        for part, contents in snapshot.tensors.items():
+        for part, contents in state.tensors.items():
             tensors[part] = {}
             for name, value in contents.items():
                 buffer = self._buffers.get((part, name))
@@ -75,20 +75,18 @@ class Saver:
                 tensors[part][name] = buffer.copy_(value.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return TrainingState(tensors, snapshot.state)
+        return state._replace(tensors=tensors)
 
-    def _write(self, snapshot: TrainingState, keep: int, best: bool, stall_s: float) -> None:
-        step, began = snapshot.state["step"], time.perf_counter()
+    def _write(self, state: TrainingState, keep: int, best: bool, stall_s: float) -> None:
+        step, began = state.state["step"], time.perf_counter()
         try:
-            path = checkpoint.save(self.folder, snapshot, keep, best)
-            self._error = None
-            if best:
-                self.best = snapshot.state["best_val_loss"]
-        except Exception as error:  # safetensors has an exception of its own for a full disk
+            path = checkpoint.save(self.folder, state, keep, best)
+        except Exception as error:  # for a full disk safetensors raises an exception of its own
             self._error = error
-            self.told({"step": step, "error": str(error)})
+            self.report({"step": step, "error": str(error)})
             return
-        write_s = time.perf_counter() - began
-        self.told(
-            {"step": step, "path": path, "best": best, "stall_s": stall_s, "write_s": write_s}
-        )
+        self._error = None
+        if best:
+            self.best = state.state["best_val_loss"]
+        times = {"stall_s": stall_s, "write_s": time.perf_counter() - began}
+        self.report({"step": step, "path": path, "best": best, **times})

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO stages 0 to 3, following the curve that DdpEngine follows."""
+"""The DeepSpeed engine: ZeRO stages 0 to 3, which follow the curve that DdpEngine follows."""
 
 import copy
 import logging
@@ -21,41 +21,32 @@ from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae, Elbo
 from cvae.run.checkpoint import Tensors, TrainingState
 from cvae.training import zero_state
-from cvae.training.adam import build_adam
-from cvae.training.ema import copy_buffers, update_average
+from cvae.training.engine import Engine, summed_loss
+from cvae.training.optimization import copy_buffers, update_average
 
 
-class DeepSpeedEngine:
-    """See cvae.training.engine.Engine.
+class DeepSpeedEngine(Engine):
+    """To DeepSpeed every model is an fp32 one: autocast is inside of it and the loss scale is torch's.
 
-    To DeepSpeed every model is an fp32 one: autocast is inside of it and the loss scale is torch's, so that
-    weights, gradients and their sums over the ranks are fp32 in every precision, as under DDP.
+    So weights, gradients and their sums over the ranks are fp32 in every precision, as under DDP.
     """
 
     def __init__(self, model: Cvae, experiment: Experiment, ranks: Ranks):
-        training = experiment.training
-        self.ranks, self.model = ranks, model.to(ranks.device)
-        self.stage = training.deepspeed.zero_stage
+        super().__init__(model, experiment, ranks)
+        self.stage = experiment.training.deepspeed.zero_stage
         self.name = f"deepspeed, ZeRO {self.stage}"
-        self.precision = precision.resolve(training.precision, ranks.device)
-        self.clip_norm = experiment.optimizer.clip_norm
-        self.batch_size = training.global_batch_size
-        # Stages 2 and 3 talk in every backward pass: all ranks make as many, whatever their shares.
+        # Stages 2 and 3 communicate in every backward pass: all ranks make as many, whatever their shares.
         most = -(-self.batch_size // ranks.world_size)
-        self.passes = -(-most // (training.micro_batch_size or most))
-        self.adam = build_adam(model, experiment.optimizer)
+        self.passes = -(-most // (experiment.training.micro_batch_size or most))
         self.adam.register_step_pre_hook(self._before_update)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=ranks.device))  # makes its tensors
-        # What the scaler is shown: the gradient's norm, which has an inf or nan where the gradient has.
+        # The scaler watches this instead of the gradient: the gradient's norm, inf or nan if the gradient is.
         self.gauge = nn.Parameter(torch.zeros(1, device=ranks.device))
         self.gauge_reader = torch.optim.SGD([self.gauge], lr=0.0)
         self.norm = torch.zeros((), device=ranks.device)
 
-        self.ema_decay = training.ema_decay
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if self.ema_decay else None
         self.outline = copy.deepcopy(self.model).requires_grad_(False).to("meta")
-        self._whole: Cvae | None = None
+        self._gathered: Cvae | None = None
         self.engine, self.zero = self._initialize()
         self.storage = zero_state.STORAGE[self.stage](self.adam, self.zero)
         self.ema_shards: dict[str, Tensor] = {}
@@ -68,52 +59,48 @@ class DeepSpeedEngine:
     @property
     def eval_model(self) -> Cvae:
         if self.stage < 3:
-            return self.ema or self.model
+            return super().eval_model
         # Sharded weights have to be gathered by all ranks together, and ranks evaluate different numbers of
         # batches: each evaluates a whole copy, which lasts until the next step.
-        if self._whole is None:
-            self._whole = copy.deepcopy(self.outline).to_empty(device=self.ranks.device)
-            copy_buffers(self._whole, self.model)
-            whole = dict(self._whole.named_parameters())
+        if self._gathered is None:
+            self._gathered = copy.deepcopy(self.outline).to_empty(device=self.ranks.device)
+            copy_buffers(self._gathered, self.model)
+            targets = dict(self._gathered.named_parameters())
             for name, parameter in self.model.named_parameters():
                 own: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 shard = self.ema_shards.get(name, own)
-                whole[name].data.copy_(zero_state.share_shards(parameter, shard))
-        return self._whole
+                whole = zero_state.from_shards(parameter, shard, everywhere=True)
+                assert whole is not None
+                targets[name].data.copy_(whole)
+        return self._gathered
 
     def settle(self, batch: Sequence[MicroBatch]) -> None:
-        """Nothing: the order in which DeepSpeed adds gradients up does not change after the first step."""
+        """Does nothing: the order in which DeepSpeed adds gradients up never changes."""
 
     def step(self, batch: Sequence[MicroBatch], lr: float, beta: float) -> Tensor:
-        self._whole = None
+        self._gathered = None
         for group in self.adam.param_groups:
             group["lr"] = lr
-        scale = 1.0
-        if self.zero is not None and self.scaler.is_enabled():
-            scale = self.scaler.get_scale()
+        zero_scales = self.zero is not None and self.scaler.is_enabled()
+        scale = self.scaler.get_scale() if zero_scales else 1.0
+        if zero_scales:
             self.zero.override_loss_scale(scale)
-        # DeepSpeed divides the gradients' sum by the number of ranks; what is wanted is the sum. In fp16 the
-        # update takes that back: here, the factor would make gradients overflow the earlier the more ranks.
-        ranks = 1 if self.scaler.is_enabled() else self.ranks.world_size
         totals = torch.zeros(3, device=self.ranks.device)
         for number in range(self.passes):
-            # A rank with fewer micro-batches than others takes part once more with a weight of nothing.
+            # A rank with fewer micro-batches than others takes part once more, with weight 0.
             counts = number < len(batch)
-            elbo: Elbo = self.engine(*batch[number if counts else 0])
-            loss = (elbo.recon_loss + beta * elbo.kl_penalty).sum()
-            loss = loss * (ranks / self.batch_size if counts else 0.0)
+            loss, sums = summed_loss(self.engine(*batch[number if counts else 0]), beta)
+            loss = loss * (self.loss_factor if counts else 0.0)
             self.engine.set_gradient_accumulation_boundary(number == self.passes - 1)
             scaled = self.scaler.scale(loss) if self.zero is None else loss
             self.engine.backward(scaled, scale_wrt_gas=False)
             if counts:
-                with torch.no_grad():
-                    recon_loss, kl, penalty = (part.sum() for part in elbo)
-                    totals += torch.stack([recon_loss, kl, recon_loss + beta * penalty])
+                totals += sums
         if self.model.likelihood.is_adaptive:
             self.model.observe(self.ranks.sum(totals[0].clone()) / self.batch_size)
-        if self.zero is not None and self.scaler.is_enabled():
+        if zero_scales:
             self.zero.override_loss_scale(scale / self.ranks.world_size)
-            # This rank's parts of the whole gradient; its norm, which decides, is that of all ranks' parts.
+            # This rank's parts of the whole gradient; the norm, which decides, is that of all ranks' parts.
             own = [part for group in self.zero.averaged_gradients.values() for part in group or ()]
             precision.overflow(own, self.ranks.world_size)
         self.engine.step()
@@ -127,17 +114,17 @@ class DeepSpeedEngine:
         self._average()
         return torch.cat([totals / self.batch_size, self.norm.reshape(1)])
 
-    def snapshot(self, state: dict[str, Any]) -> TrainingState:
+    def snapshot(self, progress: dict[str, Any]) -> TrainingState:
         model, optimizer, ema = Tensors(), Tensors(), Tensors()
-        known = bool(self.adam.state)  # not before the first update: fp16 may skip some
+        updated = bool(self.adam.state)  # not before the first update, which fp16 may skip
         for name, parameter in self.model.named_parameters():
             _keep(model, name, self.storage.weight(parameter))
-            if known:
+            if updated:
                 optimizer[f"step.{name}"] = self.storage.updates().clone()
                 for key in zero_state.STATES:
                     _keep(optimizer, f"{key}.{name}", self.storage.state(parameter, key))
             if name in self.ema_shards:
-                _keep(ema, name, zero_state.gather_shards(parameter, self.ema_shards[name]))
+                _keep(ema, name, zero_state.from_shards(parameter, self.ema_shards[name]))
         model.update(self.model.named_buffers())
         if self.ema is not None:
             ema = dict(self.ema.state_dict())
@@ -146,28 +133,25 @@ class DeepSpeedEngine:
         tensors = {"model": model, "optimizer": optimizer} | ({"ema": ema} if ema else {})
         if not self.ranks.is_first:
             tensors = {}
-        return TrainingState(tensors, {**state, "loss_scale": self.scaler.state_dict()})
+        return TrainingState(tensors, {**progress, "loss_scale": self.scaler.state_dict()})
 
-    def restore(self, snapshot: TrainingState) -> None:
-        saved, states = snapshot.tensors["model"], snapshot.tensors["optimizer"]
+    def restore(self, state: TrainingState) -> None:
+        weights, states = state.tensors["model"], state.tensors["optimizer"]
         for name, parameter in self.model.named_parameters():
-            self.storage.put_weight(parameter, saved[name])
+            self.storage.put_weight(parameter, weights[name])
             if f"step.{name}" in states:
                 parts = {key: states[f"{key}.{name}"] for key in ("step", *zero_state.STATES)}
                 self.storage.put_state(parameter, parts)
             if name in self.ema_shards:
-                whole = snapshot.tensors["ema"][name]
+                whole = state.tensors["ema"][name]
                 self.ema_shards[name].copy_(zero_state.shard_of(parameter, whole))
         self.storage.settle()
         for name, buffer in self.model.named_buffers():
-            buffer.copy_(saved[name])
-        if self.ema is not None:
-            self.ema.load_state_dict(snapshot.tensors["ema"])
-        if self.scaler.is_enabled() and snapshot.state["loss_scale"]:
-            self.scaler.load_state_dict(snapshot.state["loss_scale"])
+            buffer.copy_(weights[name])
+        self._restore_rest(state)
 
     def _initialize(self) -> tuple[Any, Any]:
-        """DeepSpeed's engine, and its ZeRO optimizer; None in its place for stage 0."""
+        """Returns DeepSpeed's engine and its ZeRO optimizer, which is None in stage 0."""
         deepspeed = _import_deepspeed(self.ranks.device)
         if not dist.is_initialized():
             # A rank that is alone has no process group, and DeepSpeed needs one.
@@ -177,17 +161,17 @@ class DeepSpeedEngine:
         index = self.ranks.device.index or 0
         os.environ.setdefault("LOCAL_RANK", str(index))  # DeepSpeed asserts that it is set
         engine, optimizer, _, _ = deepspeed.initialize(
-            # The device that is ours: DeepSpeed would take LOCAL_RANK, which may exceed the visible GPUs.
+            # DeepSpeed would take LOCAL_RANK as the device, which may exceed the visible GPUs.
             args=SimpleNamespace(device_rank=index),
             model=_Autocast(self.model, self.precision, self.ranks.device),
             optimizer=self.adam,
             config={
-                # DeepSpeed only reports by these two; batches and accumulation are ours.
+                # DeepSpeed uses these two in its reports alone; batches and accumulation are ours.
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                # In stage 0 the clipping is ours, too: DeepSpeed does not tell the norm there.
+                # In stage 0, in which DeepSpeed does not report the norm, _before_update clips.
                 "gradient_clipping": (self.clip_norm or 0.0) if self.stage else 0.0,
-                # No linear layer of DeepSpeed's own: it would replace torch's in the whole process.
+                # DeepSpeed's own linear layer would replace torch's in the whole process.
                 "zero_optimization": {"stage": self.stage, "memory_efficient_linear": False},
             },
         )
@@ -197,13 +181,11 @@ class DeepSpeedEngine:
         """Stage 0: unscales, measures and clips the gradient, which is whole on every rank by now."""
         if self.zero is not None:
             return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = self._gradients()
         if self.scaler.is_enabled():
             precision.overflow(gradients, self.ranks.world_size)
             torch._foreach_div_(gradients, self.scaler.get_scale() / self.ranks.world_size)
-        self.norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, self.norm)
+        self.norm = self._clip(gradients)
         if self.scaler.is_enabled() and not self.norm.isfinite():
             self.adam.zero_grad()  # an overflow: nothing is updated
 
@@ -218,14 +200,14 @@ class DeepSpeedEngine:
 
 
 class _Autocast(nn.Module):
-    """The model as DeepSpeed sees it."""
+    """Wraps the model for DeepSpeed."""
 
-    def __init__(self, model: Cvae, kind: str, device: torch.device):
+    def __init__(self, model: Cvae, name: str, device: torch.device):
         super().__init__()
-        self.model, self.kind, self.device = model, kind, device
+        self.model, self.name, self.device = model, name, device
 
     def forward(self, *micro: Any) -> Elbo:
-        with precision.autocast(self.kind, self.device):
+        with precision.autocast(self.name, self.device):
             elbo: Elbo = self.model(*micro)
         return elbo
 
@@ -236,14 +218,14 @@ def _keep(tensors: Tensors, name: str, value: Tensor | None) -> None:
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:
-    """The package, silent but for errors."""
-    # Said beforehand, it searches for no other accelerator and warns of nothing.
+    """Imports the package without its output, except errors."""
+    # With this set, it searches for no other accelerator and warns of nothing.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    with _without("mlflow"):
+    with _hidden("mlflow"):
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls collectives by names that newer versions of torch have others for.
+    # It calls collectives by names that newer versions of torch have replaced.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     # An all-reduce for inference on CPUs, which DeepSpeed would compile at first use: nothing here calls it,
     # and compute nodes have neither a compiler nor a home to write to.
@@ -255,11 +237,8 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
 
 
 @contextmanager
-def _without(package: str) -> Iterator[None]:
-    """As if `package` were not installed.
-
-    DeepSpeed's autotuner tries to import MLflow, for nothing that is used here: seconds on every rank.
-    """
+def _hidden(package: str) -> Iterator[None]:
+    """Makes importing `package` fail: DeepSpeed's autotuner would spend seconds on MLflow, which it never uses."""
     if package in sys.modules:
         yield
         return

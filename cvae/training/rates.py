@@ -11,54 +11,49 @@ from torch import Tensor
 from cvae.config.experiment import Experiment
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
-from cvae.training.schedule import kl_weight, learning_rate
+from cvae.training.optimization import kl_weight, learning_rate
 
 T = TypeVar("T")
 SKIPPED_AT_MOST = 50
-"""So many updates in a row may be skipped: halved so often, the loss scale has come from 2^16 to 2^-34, and a
-gradient that needs a smaller one is none to train with. At 2^-150 it would be 0, and the next update nan."""
+"""The number of skipped updates in a row that ends a run. Halved as often, the loss scale falls from 2^16 to
+2^-34, and no gradient that needs a smaller one is worth training with. At 2^-150 it would be 0, and the next
+update nan."""
 
 
 class Meter:
-    """Rate, share of time spent waiting for data, and the first step after which training cannot go on."""
+    """Measures the rate and the share of time spent waiting for data; finds the step that ends training."""
 
     def __init__(
-        self,
-        model: Cvae,
-        experiment: Experiment,
-        ranks: Ranks,
-        precision: str,
-        total_steps: int,
-        skipped: int = 0,
+        self, model: Cvae, experiment: Experiment, ranks: Ranks, precision: str, total_steps: int
     ):
-        """precision: as the engine has resolved it. skipped: as it was before a resume."""
+        """precision: as the engine has resolved it."""
         self.model, self.experiment, self.ranks = model, experiment, ranks
         self.total_steps = total_steps
         self.bad_step: int | None = None
         """The step that was not finite, or the last of SKIPPED_AT_MOST whose updates were skipped."""
-        self.skipped = skipped
+        self.skipped = 0
         """The number of updates that were skipped in a row, up to the last reading."""
-        # With loss scaling an overflow of the gradient is expected: the scaler skips that update by itself.
+        # With loss scaling an overflow of the gradient is normal: the scaler skips that update.
         self._may_skip = precision == "fp16"
         self._noted: list[tuple[int, Tensor]] = []
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new interval: what came before (an evaluation, a save) is not training."""
+        """Begins a new interval, so that an evaluation or a save does not count as training."""
         self._since = time.perf_counter()
         self._waited = 0.0
         self._steps = 0
 
     def waiting(self, feed: Iterable[T]) -> Iterator[T]:
-        """The feed's own items, with the time that each was waited for added up."""
+        """Yields the feed's items and adds up the time that it waits for them."""
         iterator = iter(feed)
         while True:
-            asked = time.perf_counter()
+            began = time.perf_counter()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - began
             yield item
 
     def note(self, step: int, sums: Tensor) -> None:
@@ -67,10 +62,9 @@ class Meter:
         self._noted.append((step, sums))
 
     def is_due(self, step: int) -> bool:
-        """Whether the training curve has a point at this step."""
-        return (
-            step == 1 or step % self.experiment.training.log_every == 0 or step == self.total_steps
-        )
+        """Returns whether the training curve has a point at this step."""
+        every = self.experiment.training.log_every
+        return step == 1 or step % every == 0 or step == self.total_steps
 
     def read(self, step: int, sums: Tensor) -> dict[str, float]:
         """Returns this step's metrics over the whole global batch; sets bad_step and skipped.
@@ -100,7 +94,7 @@ class Meter:
     def _first_bad(self) -> int | None:
         """Returns the first new step after which training cannot go on; the same on all ranks."""
         noted, self._noted = self._noted, []
-        # One look at all steps of the interval: one after each step would cost a small model some percent.
+        # All steps of the interval are read at once: a read after each would slow a small model by some percent.
         finite = torch.stack([sums for _, sums in noted]).isfinite().int()
         for (step, _), row in zip(noted, self.ranks.min(finite).tolist(), strict=True):
             updated = bool(row[3])

@@ -1,5 +1,6 @@
-"""What is written about a run whose ranks could not do so themselves any more."""
+"""Records the end of a run whose ranks could not do so themselves any more."""
 
+from contextlib import closing
 from pathlib import Path
 
 from cvae.files.file_lock import Locked, file_lock
@@ -8,37 +9,32 @@ from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from cvae.tracking import mlflow_mirror
 
-_MIRROR_PATIENCE_S = 30.0
+MIRROR_PATIENCE_S = 30.0
+"""The end of a run waits this long for MLflow and no longer: `runs.py sync` can push the rest later."""
 
 
 def note_bad_end(run_path: str, reason: str, message: str, restarts: bool) -> None:
-    """Called where the run was looked after, when all ranks are gone: the journal's last line is the cause.
+    """Writes the cause as the journal's last line; called by the supervisor when all ranks are gone.
 
-    message: the exception alone, which rank 0 may have written already. restarts: the run goes on, and
-    its next start brings this line to MLflow.
+    message: the exception alone, which rank 0 may have written already. restarts: the run goes on, and its next
+    start pushes this line to MLflow.
     """
     if journal_bad_end(run_path, reason, message, restarts) and not restarts:
-        mlflow_mirror.start_mirror(Path(run_path)).finish(_MIRROR_PATIENCE_S)
+        mlflow_mirror.start_mirror(Path(run_path)).finish(MIRROR_PATIENCE_S)
 
 
 def journal_bad_end(run_path: str, reason: str, message: str, restarts: bool) -> bool:
-    """The same without MLflow, for a run that a sweep tells MLflow about. Returns whether it was written."""
+    """Does the same without MLflow, for a run that a sweep mirrors. Returns whether the journal was free."""
     run = RunDirectory(Path(run_path))
     try:
         with file_lock(run.path / "train.lock"):
-            _journal_bad_end(run, reason, message)
+            lines = journal.read(run.journal_file)[0]
+            steps = [line["step"] for line in lines if line["kind"] in ("start", "step")]
+            known = lines[-1]["reason"] if lines and lines[-1]["kind"] == "end" else None
+            if known not in (reason, message):
+                with closing(Journal(run.journal_file)) as writer:
+                    step = max(steps, default=0)
+                    writer.append("end", status="failed", step=step, reason=reason)
     except Locked:
         return False  # on a host out of reach rank 0 lives on, and writes
     return True
-
-
-def _journal_bad_end(run: RunDirectory, reason: str, message: str) -> None:
-    lines = journal.read(run.journal_file)[0]
-    last = lines[-1] if lines else {"kind": None}
-    step = max((line["step"] for line in lines if line["kind"] in ("start", "step")), default=0)
-    if last["kind"] != "end" or last["reason"] not in (reason, message):
-        writer = Journal(run.journal_file)
-        try:
-            writer.append("end", status="failed", step=step, reason=reason)
-        finally:
-            writer.close()

@@ -1,4 +1,4 @@
-"""What a run tells about itself: the journal and its mirror in MLflow. Rank 0 writes, the others are silent."""
+"""Logs a run to its journal, which another process mirrors to MLflow. Rank 0 writes; the others are silent."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,32 +10,31 @@ from PIL.Image import Image
 
 from cvae.distributed.ranks import Ranks
 from cvae.preflight.inspection import Report
-from cvae.run import checkpoint, journal
+from cvae.run import journal
+from cvae.run.checkpoint import TrainingState
 from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from cvae.sampling import pictures
 from cvae.sampling.export import write_model
 from cvae.tracking import mlflow_mirror
-from cvae.training.checkpoint_writer import Saver
+from cvae.training.checkpoint_writer import CheckpointWriter
+from cvae.training.record_failure import MIRROR_PATIENCE_S
 from cvae.training.system_metrics import SystemMetrics
-
-# At the end the mirror may be behind, or MLflow away. The run waits so long and no longer: what is missing
-# by then is in the journal, and `runs.py sync` brings it to MLflow at any later time.
-_MIRROR_PATIENCE_S = 30.0
 
 _log = logging.getLogger(__name__)
 
 
-class Record:
+class RunLogger:
     def __init__(self, run: RunDirectory, writer: Journal | None, device: torch.device):
+        """writer: None on every rank but the first."""
         self.run, self.writer = run, writer
-        self.saver = Saver(run.checkpoints, self._written)
+        self.checkpoints = CheckpointWriter(run.checkpoints, self._checkpoint_ended)
         self.step = 0
         self._system = SystemMetrics(device)
         starts = [line for line in journal.read(run.journal_file)[0] if line["kind"] == "start"]
-        self.data_digest: str | None = starts[-1].get("data_digest") if starts else None
-        """Of the data that the run was trained on so far."""
         self.begun = bool(starts)
+        self.data_digest: str | None = starts[-1].get("data_digest") if starts else None
+        """The digest of the data that the run was trained on so far."""
         self._code: str | None = starts[-1].get("code") if starts else None
 
     def start(self, step: int, **facts: Any) -> None:
@@ -74,33 +73,22 @@ class Record:
                 continue
             self._append("picture", step=step, key=key, path=str(path.relative_to(self.run.path)))
 
-    def checkpoint(self, snapshot: checkpoint.TrainingState, keep: int, best: bool) -> None:
-        """Returns when the snapshot has been copied; it is written while training goes on."""
-        if self.writer is None:
-            return
-        # A host that crashes now must not come back with a checkpoint that is ahead of its journal.
-        self.writer.sync()
-        self.saver.save(snapshot, keep, best)
-
-    def _written(self, said: dict[str, Any]) -> None:
-        if "error" in said:
-            self.notice(
-                f"the checkpoint of step {said['step']} could not be written: {said['error']};"
-                " training goes on and tries again when the next one is due"
-            )
-            return
-        path = str(said.pop("path").relative_to(self.run.path))
-        self._append("checkpoint", path=path, **said)
+    def checkpoint(self, state: TrainingState, keep: int, best: bool) -> None:
+        """Returns when the state has been copied; it is written while training goes on."""
+        if self.writer is not None:
+            # A host that crashes now must not come back with a checkpoint that is ahead of its journal.
+            self.writer.sync()
+            self.checkpoints.save(state, keep, best)
 
     def notice(self, message: str) -> None:
         _log.warning(message)
         self._append("notice", message=message)
 
     def final_model(self) -> None:
-        """Puts the best weights and the experiment into model/, and the curves among the pictures."""
+        """Writes the best weights and the experiment into model/, and draws the learning curves."""
         if self.writer is None:
             return
-        self.saver.finish()
+        self.checkpoints.finish()
         write_model(self.run, self.run.path / "model")
         self._append("artifact", path="model", artifact_path="model")
         try:
@@ -108,15 +96,24 @@ class Record:
         except OSError as error:
             self.notice(f"the learning curves could not be drawn: {error}")
             return
-        self._append(
-            "artifact", path=str(curves.relative_to(self.run.path)), artifact_path="figures"
-        )
+        path = str(curves.relative_to(self.run.path))
+        self._append("artifact", path=path, artifact_path="figures")
 
     def end(self, status: str, step: int, reason: str) -> None:
-        """The last line of this stretch of the run."""
-        self.saver.wait()
+        """Writes the last line of this attempt."""
+        self.checkpoints.wait()
         _log.info("%s at step %d %s", status, step, reason)
         self._append("end", status=status, step=step, reason=reason)
+
+    def _checkpoint_ended(self, fields: dict[str, Any]) -> None:
+        if "error" in fields:
+            self.notice(
+                f"the checkpoint of step {fields['step']} could not be written: {fields['error']};"
+                " training goes on and tries again when the next one is due"
+            )
+            return
+        path = str(fields["path"].relative_to(self.run.path))
+        self._append("checkpoint", **{**fields, "path": path})
 
     def _append(self, kind: str, **fields: Any) -> None:
         if self.writer is not None:
@@ -124,18 +121,18 @@ class Record:
 
 
 @contextmanager
-def open_record(run: RunDirectory, ranks: Ranks, mirrored: bool) -> Iterator[Record]:
-    """The record of a run, mirrored to MLflow by a process of its own for as long as the context lasts."""
+def open_logger(run: RunDirectory, ranks: Ranks, mirrored: bool) -> Iterator[RunLogger]:
+    """Yields the run's logger; with `mirrored`, MLflow follows for as long as the context lasts."""
     if not ranks.is_first:
-        yield Record(run, None, ranks.device)
+        yield RunLogger(run, None, ranks.device)
         return
     writer = Journal(run.journal_file)
     mirror = mlflow_mirror.start_mirror(run.path) if mirrored else None
     try:
-        yield Record(run, writer, ranks.device)
+        yield RunLogger(run, writer, ranks.device)
     finally:
         writer.close()
-        if mirror is not None and (behind := mirror.finish(_MIRROR_PATIENCE_S)):
+        if mirror is not None and (behind := mirror.finish(MIRROR_PATIENCE_S)):
             _log.warning("MLflow lacks %d journal lines; `runs.py sync %s`", behind, run.name)
 
 

@@ -1,57 +1,107 @@
-"""Load of the first rank's host, under the names that MLflow's "System metrics" page knows."""
+"""Load of the first rank's host, under the names that MLflow's "System metrics" page knows.
+
+A rank asks CUDA about its own GPU alone: CUDA opens a context (hundreds of megabytes) on every GPU that it is
+asked about, and a GPU in exclusive mode refuses a second process. NVML, if the package nvidia-ml-py is installed,
+opens none, and reports every GPU of the host.
+"""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
 import torch
 
-from cvae.distributed.device import gpu_metrics
+from cvae.distributed.device import memory
 
+Questions = dict[str, Callable[[], float]]
 _INTERVAL_S = 10.0
 
 
 class SystemMetrics:
-    """Measures at most once in ten seconds, and never raises: what the host does not answer is left out."""
+    """Measures at most once in ten seconds and never raises: a metric that the host refuses is left out."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._due = time.monotonic()
-        self._before = _network()
+        self._before: tuple[int, int] | None = None
+        with suppress(Exception):
+            self._before = _network_bytes()
         with suppress(Exception):
             psutil.cpu_percent()  # the first call has nothing to compare with
 
     def measure(self) -> dict[str, float] | None:
         """Returns metrics by name, or None if the last ones are still fresh.
 
-        Megabytes are 10⁶ bytes. The network's are counted from this object's making on, without the loopback.
+        Megabytes are 10⁶ bytes. The network's are counted since this object was made, without the loopback.
         """
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + _INTERVAL_S
-        metrics: dict[str, float] = {}
-        with suppress(Exception):
-            metrics["system/cpu_utilization_percentage"] = psutil.cpu_percent()
-        with suppress(Exception):
-            memory = psutil.virtual_memory()
-            metrics["system/system_memory_usage_percentage"] = memory.percent
-            metrics["system/system_memory_usage_megabytes"] = memory.used / 1e6
-        with suppress(Exception):
-            metrics["system/process_memory_megabytes"] = psutil.Process().memory_info().rss / 1e6
-        if self._before is not None and (now := _network()) is not None:
-            for name, before, after in zip(("receive", "transmit"), self._before, now, strict=True):
-                metrics[f"system/network_{name}_megabytes"] = (after - before) / 1e6
-        return metrics | gpu_metrics(self._device)
+        host: Questions = {
+            "cpu_utilization_percentage": psutil.cpu_percent,
+            "system_memory_usage_percentage": lambda: psutil.virtual_memory().percent,
+            "system_memory_usage_megabytes": lambda: psutil.virtual_memory().used / 1e6,
+            "process_memory_megabytes": lambda: psutil.Process().memory_info().rss / 1e6,
+        }
+        if (before := self._before) is not None:
+            host["network_receive_megabytes"] = lambda: (_network_bytes()[0] - before[0]) / 1e6
+            host["network_transmit_megabytes"] = lambda: (_network_bytes()[1] - before[1]) / 1e6
+        return _answers("system/", host) | gpu_metrics(self._device)
 
 
-def _network() -> tuple[int, int] | None:
-    """Returns the bytes that this host has received and sent since it was started, without its loopback.
-
-    None if the host does not say.
-    """
+def gpu_metrics(device: torch.device) -> dict[str, float]:
+    """Returns the load of this host's GPUs, of this rank's own without NVML; {} on a CPU. Never raises."""
+    if device.type != "cuda":
+        return {}
     try:
-        counters = psutil.net_io_counters(pernic=True)
-    except Exception:
-        return None
+        return _nvml_metrics()
+    except Exception:  # not installed, no driver, a driver of another version
+
+        def used_percentage() -> float:
+            free, total = memory(device)
+            return 100 * (1 - free / total)
+
+        own: Questions = {"memory_usage_percentage": used_percentage}
+        return _answers(f"system/gpu_{device.index or 0}_", own)
+
+
+def _nvml_metrics() -> dict[str, float]:
+    import pynvml as nvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    def of_gpu(index: int) -> dict[str, float]:
+        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+
+        def used_percentage() -> float:
+            memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+            return 100 * float(memory.used / memory.total)
+
+        questions: Questions = {
+            "utilization_percentage": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            "memory_usage_percentage": used_percentage,
+            "power_usage_watts": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        }
+        return _answers(f"system/gpu_{index}_", questions)
+
+    nvml.nvmlInit()
+    try:
+        gpus = map(of_gpu, range(nvml.nvmlDeviceGetCount()))
+        return dict(item for metrics in gpus for item in metrics.items())
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _answers(prefix: str, questions: Questions) -> dict[str, float]:
+    """Returns the answers by prefixed name; a question that raises is left out."""
+    answers = {}
+    for name, ask in questions.items():
+        with suppress(Exception):
+            answers[prefix + name] = float(ask())
+    return answers
+
+
+def _network_bytes() -> tuple[int, int]:
+    """Returns the bytes that this host has received and sent since it started, without its loopback."""
+    counters = psutil.net_io_counters(pernic=True)
     outside = [count for name, count in counters.items() if not name.startswith("lo")]
     return sum(one.bytes_recv for one in outside), sum(one.bytes_sent for one in outside)

@@ -1,37 +1,39 @@
 """The training loop: what every rank of a run does, from its experiment.yaml to its last checkpoint."""
 
-import signal
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cvae.config.experiment import Experiment
 from cvae.data.draws import BatchOrder
 from cvae.data.experiment_data import ExperimentData, open_data
-from cvae.data.feed import micro_batches, training_feed
+from cvae.data.feed import MicroBatch, micro_batches, training_feed
 from cvae.distributed.precision import before_cuda
 from cvae.distributed.ranks import Ranks, connect
+from cvae.distributed.stop_flag import StopFlag
 from cvae.distributed.watchdog import Watchdog, watched
 from cvae.errors import UserError, in_words
 from cvae.evaluation.elbo import evaluate_elbo
-from cvae.models.cvae import build_model
+from cvae.models.cvae import Cvae, build_model
 from cvae.models.published import load_published
 from cvae.preflight import inspection
 from cvae.run import checkpoint
+from cvae.run.checkpoint import TrainingState
 from cvae.run.directory import RunDirectory
 from cvae.run.provenance import facts
 from cvae.run.training_lock import exclusively
 from cvae.sampling import pictures
 from cvae.training.engine import build_engine
+from cvae.training.optimization import kl_weight, learning_rate
 from cvae.training.rates import SKIPPED_AT_MOST, Meter
-from cvae.training.run_logger import Record, open_record
-from cvae.training.schedule import kl_weight, learning_rate
+from cvae.training.run_logger import RunLogger, open_logger
 
 
-class Outcome(NamedTuple):
+class TrainingResult(NamedTuple):
     """How a call of train() ended."""
 
     status: str
@@ -42,25 +44,20 @@ class Outcome(NamedTuple):
     """The names of the signals that stopped it."""
 
 
-class StopFlag:
-    """Set by SIGTERM (preemption, scancel) and SIGUSR2 (time limit); acted on at a step's boundary only."""
+class Diverged(Exception):
+    """Training cannot go on: a loss, gradient or weight is not finite. Raised on all ranks together."""
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
+    def __init__(self, step: int, reason: str):
+        super().__init__(reason)
+        self.step = step
 
 
-def train(run_path: Path, mirrored: bool = True) -> Outcome:
-    """Trains a run from where it is to its end; called once in every rank's process.
+def train(run_path: Path, mirrored: bool = True) -> TrainingResult:
+    """Trains a run to its end from wherever it is; called once in every rank's process.
 
-    The ranks find each other by torch's own environment variables. mirrored: whether MLflow is told while
-    the run goes on; what the journal holds can be brought there later too. Raises UserError where another process
-    trains this run already; where data or nodes are not as they must be; and whatever went wrong otherwise. But
-    for the first, it has been written to the journal by then.
+    The ranks find each other by torch's environment variables. mirrored: whether MLflow follows while the run
+    goes on; the journal can be pushed there later too. Raises UserError if another process trains this run, or if
+    data or nodes do not fit; other errors pass through. All but the first are in the journal by then.
     """
     run = RunDirectory(run_path)
     stop = StopFlag()
@@ -70,180 +67,233 @@ def train(run_path: Path, mirrored: bool = True) -> Outcome:
         connect() as ranks,
         watched(ranks) as watchdog,
         exclusively(run, ranks),
-        open_record(run, ranks, mirrored) as record,
+        open_logger(run, ranks, mirrored) as logger,
     ):
         try:
-            outcome = _train(run, run.experiment(), ranks, record, stop, watchdog)
+            result = _train(run, ranks, logger, watchdog, stop)
+        except Diverged as diverged:
+            result = TrainingResult("failed", diverged.step, str(diverged))
         except BaseException as error:
-            what = str(error)
+            reason = str(error)
             if not isinstance(error, UserError):
-                what = f"rank 0 on {socket.gethostname()}: {in_words(error)}"
-            record.end("failed", record.step, what)
+                reason = f"rank 0 on {socket.gethostname()}: {in_words(error)}"
+            logger.end("failed", logger.step, reason)
             raise
-        record.end(outcome.status, outcome.step, outcome.reason)
-        return outcome
+        logger.end(result.status, result.step, result.reason)
+        return result
 
 
 def _train(
-    run: RunDirectory,
-    experiment: Experiment,
-    ranks: Ranks,
-    record: Record,
-    stop: StopFlag,
-    watchdog: Watchdog,
-) -> Outcome:
-    data = inspection.everywhere(ranks, lambda: open_data(experiment))
-    _check_fit(run, experiment, data, ranks, record)
+    run: RunDirectory, ranks: Ranks, logger: RunLogger, watchdog: Watchdog, stop: StopFlag
+) -> TrainingResult:
+    experiment = run.experiment()
+    data, model, saved = _open(run, experiment, ranks, logger)
+    trainer = Trainer(run, experiment, data, model, ranks, logger, watchdog)
+    trainer.restore(saved)
+    for batch in trainer.batches():
+        vote = ranks.ask_any(bool(stop))  # the answers come in while the step is computed
+        trainer.update(batch)
+        stops = vote()
+        saves = stops or trainer.save_is_due()
+        if saves or trainer.log_is_due():
+            trainer.log()
+        if saves:
+            watchdog.rest()
+            trainer.save(trainer.evaluate())
+        if stops and trainer.step < trainer.total_steps:
+            logger.checkpoints.finish()
+            signals = tuple(sorted(set(filter(None, ranks.gather(stop.signal)))))
+            reason = f"{', '.join(signals)} at step {trainer.step}, saved"
+            return TrainingResult("stopped", trainer.step, reason, signals)
+    logger.final_model()
+    return TrainingResult("finished", trainer.total_steps, "")
+
+
+def _open(
+    run: RunDirectory, experiment: Experiment, ranks: Ranks, logger: RunLogger
+) -> tuple[ExperimentData, Cvae, TrainingState | None]:
+    """Returns the data, the initial model and the checkpoint to continue from; None for a new run.
+
+    Raises UserError if the ranks, the data or the nodes do not fit the run.
+    """
+    data = ranks.everywhere(lambda: open_data(experiment))
+    experiment.check_ranks(ranks.world_size)
+    if logger.data_digest not in (None, data.digest):
+        raise UserError(
+            f"{run.name} was trained on other data than {data.store.path} holds now (digest"
+            f" {str(logger.data_digest)[:12]}, now {data.digest[:12]}); prepare the data as it was, or start a"
+            " new run"
+        )
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
-    need = inspection.need_of(experiment, model, ranks.world_size, run.checkpoints, record.begun)
-    record.preflight(inspection.check(run.checkpoints, ranks, need, data.digest))
+    need = inspection.need_of(experiment, model, ranks.world_size, run.checkpoints, logger.begun)
+    logger.preflight(inspection.check(run.checkpoints, ranks, need, data.digest))
     if experiment.model.standardize_condition:
-        # One rank reads all of the embeddings; the others would, too, from the same file system.
+        # One rank reads all of the embeddings, which spares the file system the others.
         statistics = ranks.tell(data.text_statistics() if ranks.is_first else None)
         assert statistics is not None
         model.set_condition_statistics(*map(torch.from_numpy, statistics))
-    saved = _newest(run, ranks, record)
+    saved = _newest_checkpoint(run, ranks, logger)
     if saved is None and experiment.model.init_from is not None:
         load_published(model, experiment.model, experiment.model.init_from)
-    engine = build_engine(model, experiment, ranks)
-    step, skipped = 0, 0
-    if saved is not None:
-        engine.restore(saved)
-        step = saved.state["step"]
-        if saved.state["best_val_loss"] is not None:
-            record.saver.best = saved.state["best_val_loss"]
-        skipped = saved.state.get("skipped_updates", 0)  # older checkpoints lack it
-    record.start(step=step, engine=engine.name, **facts(data, ranks, engine.precision))
+    return data, model, saved
 
-    total = experiment.total_steps(len(data.train_rows))
-    batch_size, micro = experiment.training.global_batch_size, experiment.training.micro_batch_size
-    order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
-    share = ranks.share(batch_size)
-    meter = Meter(model, experiment, ranks, engine.precision, total, skipped)
 
-    def draw() -> None:
-        averaged = engine.eval_model
-        if ranks.is_first:
-            images = pictures.training_pictures(averaged, data, experiment, ranks.device)
-            record.pictures(step, images)
+def _newest_checkpoint(run: RunDirectory, ranks: Ranks, logger: RunLogger) -> TrainingState | None:
+    """Returns the newest intact checkpoint, the same on all ranks; None if there is none yet."""
+    # Rank 0 chooses: ranks may see different states of the shared file system.
+    newest = checkpoint.load_newest(run.checkpoints, logger.notice) if ranks.is_first else None
+    step = ranks.tell(None if newest is None else newest.state["step"])
+    return None if step is None else newest or checkpoint.load_step(run.checkpoints, step)
 
-    def save(val_loss: float | None) -> bool:
-        """Returns whether there was something to save: weights and Adam's state that are all finite."""
-        record.saver.wait()  # only what has been written counts as the best so far
-        best = record.saver.best
-        is_best = val_loss is not None and val_loss < best
-        best = val_loss if val_loss is not None and is_best else best
-        state = {"step": step, "best_val_loss": best, "skipped_updates": meter.skipped}
-        snapshot = engine.snapshot(state)
-        # The last update is seen in no loss yet.
-        finite = ranks.tell(snapshot.is_finite() if ranks.is_first else True)
-        if ranks.is_first and finite:
-            record.checkpoint(snapshot, experiment.checkpoint.keep, is_best)
-        return finite
 
-    if step == 0:
-        # The untrained model's pictures: the beginning of MLflow's slider.
-        draw()
-    if step < total:
-        engine.settle(
-            micro_batches(data, data.train, order.batch(step), share, micro, ranks.device)
+class Trainer:
+    """A run's training on this rank. All ranks call every method together."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        experiment: Experiment,
+        data: ExperimentData,
+        model: Cvae,
+        ranks: Ranks,
+        logger: RunLogger,
+        watchdog: Watchdog,
+    ):
+        self.run, self.experiment, self.data = run, experiment, data
+        self.ranks, self.logger, self.watchdog = ranks, logger, watchdog
+        self.step = 0
+        self.n_train = len(data.train_rows)
+        self.total_steps = experiment.total_steps(self.n_train)
+        self.engine = build_engine(model, experiment, ranks)
+        self.meter = Meter(model, experiment, ranks, self.engine.precision, self.total_steps)
+        self.latent_shape = model.latent_shape
+        self.sums = torch.zeros(4)
+        """What Engine.step returned last."""
+
+    def restore(self, saved: TrainingState | None) -> None:
+        """Continues from a checkpoint; without one, draws what the untrained model generates."""
+        if saved is not None:
+            self.engine.restore(saved)
+            self.step = saved.state["step"]
+            if saved.state["best_val_loss"] is not None:
+                self.logger.checkpoints.best = saved.state["best_val_loss"]
+            self.meter.skipped = saved.state.get("skipped_updates", 0)  # absent in older ones
+        known = facts(self.data, self.ranks, self.engine.precision)
+        self.logger.start(step=self.step, engine=self.engine.name, **known)
+        if self.step == 0:
+            self._draw()
+
+    def batches(self) -> Iterator[list[MicroBatch]]:
+        """Yields this rank's micro-batches of each step that is still to be done."""
+        training, device = self.experiment.training, self.ranks.device
+        size, micro = training.global_batch_size, training.micro_batch_size
+        order = BatchOrder(self.experiment.seed, self.data.train_rows, size, self.latent_shape)
+        share = self.ranks.share(size)
+        if self.step < self.total_steps:
+            batch = order.batch(self.step)
+            first = micro_batches(self.data, self.data.train, batch, share, micro, device)
+            self.engine.settle(first)
+        self.meter.restart()
+        steps = range(self.step, self.total_steps)
+        yield from self.meter.waiting(training_feed(self.data, order, steps, share, micro, device))
+
+    def update(self, batch: list[MicroBatch]) -> None:
+        """Makes one step."""
+        lr = learning_rate(self.experiment.optimizer, self.step, self.total_steps)
+        self.watchdog.begin()
+        self.sums = self.engine.step(batch, lr, kl_weight(self.experiment.model, self.step))
+        self.step += 1
+        self.watchdog.beat(self.step)
+        self.meter.note(self.step, self.sums)
+
+    def log_is_due(self) -> bool:
+        return self.meter.is_due(self.step)
+
+    def evaluation_is_due(self) -> bool:
+        """Returns whether this step ends an eval_every-th epoch, or the run."""
+        per_evaluation = self.experiment.training.eval_every * self.n_train
+        seen = self.step * self.experiment.training.global_batch_size
+        before = seen - self.experiment.training.global_batch_size
+        ends = seen // per_evaluation > before // per_evaluation
+        return ends or self.step == self.total_steps
+
+    def save_is_due(self) -> bool:
+        interval = self.experiment.checkpoint.every_steps
+        return self.evaluation_is_due() or (interval is not None and self.step % interval == 0)
+
+    def log(self) -> None:
+        """Reads the measurements since the last call and logs them if a point is due.
+
+        Raises Diverged if a loss or gradient was not finite, or too many updates in a row were skipped.
+        """
+        metrics = self.meter.read(self.step, self.sums)
+        if self.meter.bad_step is not None:
+            self.watchdog.rest()
+            if self.meter.skipped >= SKIPPED_AT_MOST:
+                raise self._overflowed(self.meter.bad_step)
+            where = f"the loss or its gradient is not finite at step {self.meter.bad_step}"
+            raise self._not_finite(self.meter.bad_step, where)
+        if self.log_is_due():
+            self.logger.step_metrics(self.step, metrics)
+
+    def evaluate(self) -> float | None:
+        """Returns val/loss if an evaluation is due, after logging it and drawing; else None."""
+        if not self.evaluation_is_due():
+            return None
+        data, model = self.data, self.engine.eval_model
+        metrics = evaluate_elbo(model, data, data.val, self.experiment, self.ranks)
+        epoch = self.step * self.experiment.training.global_batch_size / self.n_train
+        self.logger.epoch(self.step, epoch, metrics)
+        self._draw()
+        return metrics["loss"]
+
+    def save(self, val_loss: float | None) -> None:
+        """Saves a checkpoint, the best one if val_loss is the lowest so far; training goes on meanwhile.
+
+        Raises Diverged if weights or Adam's state are not finite: no loss has shown the last update yet.
+        """
+        checkpoints = self.logger.checkpoints
+        checkpoints.wait()  # only a checkpoint that has been written counts as the best so far
+        is_best = val_loss is not None and val_loss < checkpoints.best
+        state = self.engine.snapshot(
+            {
+                "step": self.step,
+                "best_val_loss": val_loss if is_best else checkpoints.best,
+                "skipped_updates": self.meter.skipped,
+            }
         )
-    meter.restart()
-    # The ranks vote on stopping while they compute a step: asked before it, answered after it.
-    answer = ranks.ask_any(stop.signal is not None) if step < total else None
-    feed = training_feed(data, order, range(step, total), share, micro, ranks.device)
-    for batch in meter.waiting(feed):
-        lr = learning_rate(experiment.optimizer, step, total)
-        watchdog.begin()
-        sums = engine.step(batch, lr, kl_weight(experiment.model, step))
-        step += 1
-        watchdog.beat(step)
-        meter.note(step, sums)
+        if not self.ranks.tell(state.is_finite() if self.ranks.is_first else True):
+            where = f"weights or Adam's state are not finite after step {self.step}"
+            raise self._not_finite(self.step, where)
+        if self.ranks.is_first:
+            self.logger.checkpoint(state, self.experiment.checkpoint.keep, is_best)
+        self.meter.restart()
 
-        evaluates = _crosses_epoch(step, total, experiment, len(data.train_rows))
-        interval = experiment.checkpoint.every_steps
-        saves = evaluates or (interval is not None and step % interval == 0)
-        stops = answer is not None and answer()
+    def _draw(self) -> None:
+        averaged = self.engine.eval_model
+        if self.ranks.is_first:
+            device = self.ranks.device
+            images = pictures.training_pictures(averaged, self.data, self.experiment, device)
+            self.logger.pictures(self.step, images)
 
-        if saves or stops or meter.is_due(step):
-            metrics = meter.read(step, sums)
-            if meter.bad_step is not None:
-                watchdog.rest()
-                record.saver.wait()
-                if meter.skipped >= SKIPPED_AT_MOST:
-                    reason = _overflows(run, meter)
-                else:
-                    what = f"the loss or its gradient is not finite at step {meter.bad_step}"
-                    reason = _not_finite(run, what)
-                return Outcome("failed", meter.bad_step, reason)
-            if meter.is_due(step):
-                record.step_metrics(step, metrics)
-        if saves or stops:
-            watchdog.rest()
-        val_loss = None
-        if evaluates:
-            val = evaluate_elbo(engine.eval_model, data, data.val, experiment, ranks)
-            record.epoch(step, step * batch_size / len(data.train_rows), val)
-            val_loss = val["loss"]
-            draw()
-        if (saves or stops) and not save(val_loss):
-            record.saver.wait()
-            what = f"weights or Adam's state are not finite after step {step}"
-            return Outcome("failed", step, _not_finite(run, what))
-        if saves or stops:
-            meter.restart()
-        if stops and step < total:
-            record.saver.finish()
-            signals = tuple(sorted({name for name in ranks.gather(stop.signal or "") if name}))
-            reason = f"{', '.join(signals)} at step {step}, saved"
-            return Outcome("stopped", step, reason, signals)
-        answer = ranks.ask_any(stop.signal is not None) if step < total else None
-    record.final_model()
-    return Outcome("finished", total, "")
-
-
-def _newest(run: RunDirectory, ranks: Ranks, record: Record) -> checkpoint.TrainingState | None:
-    """The newest intact checkpoint, the same on all ranks; None where there is none yet."""
-    # Rank 0 chooses, so that ranks whose view of the shared file system differs cannot disagree.
-    found = checkpoint.load_newest(run.checkpoints, record.notice) if ranks.is_first else None
-    chosen = ranks.tell(None if found is None else found.state["step"])
-    return None if chosen is None else found or checkpoint.load_step(run.checkpoints, chosen)
-
-
-def _check_fit(
-    run: RunDirectory, experiment: Experiment, data: ExperimentData, ranks: Ranks, record: Record
-) -> None:
-    experiment.check_ranks(ranks.world_size)
-    before = record.data_digest
-    if before is not None and before != data.digest:
-        raise UserError(
-            f"{run.name} was trained on other data than {data.store.path} holds now (digest"
-            f" {before[:12]}, now {data.digest[:12]}); prepare the data as it was, or start a new run"
+    def _not_finite(self, step: int, where: str) -> Diverged:
+        return Diverged(
+            step,
+            f"{where}; {self._last_checkpoint()}; try a lower optimizer.lr, optimizer.warmup_steps or"
+            " optimizer.clip_norm",
         )
 
+    def _overflowed(self, step: int) -> Diverged:
+        return Diverged(
+            step,
+            f"the gradient overflows in fp16 at every loss scale: {self.meter.skipped} updates in a row were"
+            f" skipped up to step {step}; {self._last_checkpoint()}; try training.precision=fp32 (or bf16, on an"
+            " A100 or later)",
+        )
 
-def _crosses_epoch(step: int, total: int, experiment: Experiment, n_train: int) -> bool:
-    """Whether an evaluation follows this step: at every eval_every-th epoch's end, and at the run's."""
-    per_evaluation = experiment.training.eval_every * n_train
-    seen = step * experiment.training.global_batch_size
-    before = seen - experiment.training.global_batch_size
-    return step == total or seen // per_evaluation > before // per_evaluation
-
-
-def _not_finite(run: RunDirectory, what: str) -> str:
-    return (
-        f"{what}; {_kept(run)}; try a lower optimizer.lr, optimizer.warmup_steps or"
-        " optimizer.clip_norm"
-    )
-
-
-def _overflows(run: RunDirectory, meter: Meter) -> str:
-    return (
-        f"the gradient overflows in fp16 at every loss scale: {meter.skipped} updates in a row were skipped up to"
-        f" step {meter.bad_step}; {_kept(run)}; try training.precision=fp32 (or bf16, on an A100 or later)"
-    )
-
-
-def _kept(run: RunDirectory) -> str:
-    saved = checkpoint.steps(run.checkpoints)
-    return f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
+    def _last_checkpoint(self) -> str:
+        self.logger.checkpoints.wait()
+        saved = checkpoint.steps(self.run.checkpoints)
+        return (
+            f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
+        )

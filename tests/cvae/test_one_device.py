@@ -19,7 +19,7 @@ from cvae.evaluation.evaluation_input import EvaluationInput
 from cvae.evaluation.iwae import evaluate_iwae
 from cvae.models.cvae import build_model
 from cvae.sampling import inference
-from cvae.training import ddp_engine
+from cvae.training import engine as engine_module
 from cvae.training.engine import build_engine
 from tests.conftest import tiny_experiment
 
@@ -62,7 +62,7 @@ def test_training_and_measures_keep_to_the_gpu(
     # Neither is there for the meta device.
     monkeypatch.setattr(feed, "_to", lambda device, array: torch.from_numpy(array).to(device))
     monkeypatch.setattr(
-        ddp_engine,
+        engine_module,
         "build_adam",
         lambda model, _: torch.optim.AdamW(model.parameters(), foreach=False),
     )

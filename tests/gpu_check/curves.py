@@ -13,7 +13,7 @@ from cvae.data.feed import MicroBatch, micro_batches
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import build_model
 from cvae.training.engine import Engine, build_engine
-from cvae.training.schedule import kl_weight, learning_rate
+from cvae.training.optimization import kl_weight, learning_rate
 
 
 class Curve(NamedTuple):

@@ -146,7 +146,7 @@ def _small_gradients(experiment: Experiment, ranks: Ranks) -> Finding:
                 scale = engine.scaler.get_scale() if name == "with" else 1.0
                 gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients)) / scale * 2.0**power
-                engine.optimizer.zero_grad()
+                engine.adam.zero_grad()
                 if not math.isfinite(norm):
                     continue  # an overflow
                 exact = exact or norm

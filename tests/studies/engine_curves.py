@@ -27,7 +27,7 @@ from cvae.evaluation.elbo import evaluate_elbo
 from cvae.models.cvae import build_model
 from cvae.run.checkpoint import TrainingState
 from cvae.training.engine import build_engine
-from cvae.training.schedule import kl_weight, learning_rate
+from cvae.training.optimization import kl_weight, learning_rate
 from tests.conftest import tiny_experiment, write_store
 from tests.helpers import ranks as processes
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cvae.distributed.device import gpu_metrics
+from cvae.training.system_metrics import gpu_metrics
 
 OWN = torch.device("cuda", 2)
 

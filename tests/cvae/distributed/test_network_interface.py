@@ -35,7 +35,8 @@ from cvae.distributed.ranks import connect
 try:
     with connect() as ranks:
         total = sum(map(int, ranks.gather(os.environ["RANK"])))
-        print("sum", total, os.environ.get("GLOO_SOCKET_IFNAME"), flush=True)
+        # At once: both ranks write into one pipe.
+        os.write(1, f"sum {total} {os.environ.get('GLOO_SOCKET_IFNAME')}\\n".encode())
 except UserError as error:
     print(error, flush=True)
     sys.exit(2)

@@ -10,7 +10,7 @@ import torch
 from cvae.errors import UserError
 from cvae.run import checkpoint
 from cvae.run.checkpoint import TrainingState
-from cvae.training.checkpoint_writer import Saver
+from cvae.training.checkpoint_writer import CheckpointWriter
 
 
 def snapshot(step: int, weights: torch.Tensor) -> TrainingState:
@@ -37,7 +37,7 @@ def test_training_goes_on_and_what_it_changes_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, said = SlowDisk(monkeypatch), list[dict[str, Any]]()
-    saver, weights = Saver(tmp_path, said.append), torch.zeros(1000)
+    saver, weights = CheckpointWriter(tmp_path, said.append), torch.zeros(1000)
     saver.save(snapshot(1, weights), keep=3, best=True)
     weights.fill_(7)  # training's next step, while nothing is on the disk yet
     assert said == []
@@ -50,7 +50,7 @@ def test_training_goes_on_and_what_it_changes_is_not_saved(
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, said = SlowDisk(monkeypatch), list[dict[str, Any]]()
-    saver, weights = Saver(tmp_path, said.append), torch.zeros(1000)
+    saver, weights = CheckpointWriter(tmp_path, said.append), torch.zeros(1000)
     saver.save(snapshot(1, weights), keep=3, best=False)
     second = threading.Thread(target=saver.save, args=(snapshot(2, weights + 2), 3, False))
     second.start()
@@ -73,7 +73,7 @@ def test_a_full_disk_is_told_at_once_and_raised_at_the_end(
         raise OSError(28, "No space left on device")
 
     said: list[dict[str, Any]] = []
-    saver, weights = Saver(tmp_path, said.append), torch.zeros(10)
+    saver, weights = CheckpointWriter(tmp_path, said.append), torch.zeros(10)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
         saver.save(snapshot(1, weights), keep=3, best=False)

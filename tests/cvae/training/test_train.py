@@ -17,8 +17,8 @@ from cvae.files.checksums import sha256_of_file
 from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
 from cvae.training import train as training
-from cvae.training.ema import update_average
-from cvae.training.train import Outcome, train
+from cvae.training.optimization import update_average
+from cvae.training.train import TrainingResult, train
 from tests.conftest import PROJECT_ROOT, tiny_experiment, write_store
 from tests.helpers import ranks
 
@@ -181,7 +181,7 @@ def test_the_last_good_checkpoint_survives_nan(
     assert "last good checkpoint is step-00000010" in outcome.reason
     monkeypatch.undo()
     monkeypatch.setenv("CVAE_HOME", str(run.path.parent.parent))
-    assert train(run.path, mirrored=False) == Outcome("finished", 20, "")
+    assert train(run.path, mirrored=False) == TrainingResult("finished", 20, "")
     assert_same_curve(alone("undisturbed", plain), run)
 
 
@@ -321,7 +321,7 @@ def test_pictures_that_cannot_be_written_cost_no_run(tiny_store: Path) -> None:
     run = ranks.new_run("pictures", tiny_experiment())
     run.pictures.rmdir()
     run.pictures.write_text("a file, in which even root can write no file")
-    assert train(run.path, mirrored=False) == Outcome("finished", 20, "")
+    assert train(run.path, mirrored=False) == TrainingResult("finished", 20, "")
     messages = [line["message"] for line in ranks.lines(run, "notice")]
     assert any("could not be written" in message for message in messages)
     assert "could not be drawn" in messages[-1]

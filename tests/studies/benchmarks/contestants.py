@@ -15,7 +15,7 @@ from cvae.distributed import precision
 from cvae.distributed.ranks import connect
 from cvae.files.paths import write_atomically
 from cvae.models.cvae import build_model
-from cvae.training.adam import build_adam
+from cvae.training.optimization import build_adam
 from tests.studies.benchmarks import timing
 from workflows.jobs.scaling_model import flops_per_image, meta_model
 
