@@ -31,6 +31,8 @@ PROMPTS = ["a red dog", "blue, blue"]
 # What a machine that only draws need not have.
 BLOCKED = [
     "psutil",
+    "jinja2",
+    "torchmetrics",
     "mlflow",
     "submitit",
     "ray",

@@ -1,6 +1,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -49,6 +50,21 @@ def test_the_card_tells_of_data_metrics_and_origin(tiny_store: Path, tmp_path: P
     assert parsed.library_name == "cvae-workflow"
     assert parsed.eval_results[0].metric_value == 12.5
     assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["tiny"]
+
+
+def test_the_cards_examples_run(tiny_store: Path, tmp_path: Path) -> None:
+    from workflows import generate
+
+    folder = tmp_path / "out"
+    export_run(make_run(), folder)
+    examples = (folder / "README.md").read_text().replace("FOLDER", str(folder))
+    command, *lines = [line.strip() for line in examples.splitlines() if line.startswith("    ")]
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == ("python", "workflows/generate.py")
+    assert generate.main([*arguments, "--out", str(tmp_path / "a.png")]) == 0
+    names: dict[str, Any] = {}
+    exec("\n".join(lines[:3]), names)
+    assert f"# uint8 {names['images'].shape}" in lines[2]
 
 
 def test_a_coco_models_card_names_licences_and_limits(
