@@ -1,7 +1,6 @@
-"""The report as one HTML file that needs nothing beside it: tables, drawings and pictures are all inside.
+"""The parts of a report: each is HTML for the page, and the files that hold the same table, drawing or picture.
 
-Everything that comes from a run (names, captions, reasons, commands) passes through Jinja2's escaping, and in
-drawings through matplotlib's, which is kept from reading mathematics between dollar signs.
+Jinja2 escapes all text that comes from a run (names, captions, reasons, commands); in drawings matplotlib does.
 """
 
 import base64
@@ -26,75 +25,48 @@ from analysis.figures import INK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Direction = Literal["min", "max"]
+Direction = Literal["lower", "higher"]
 _PIXELS_PER_INCH = 100
-_LEAST = 560  # pixels: a drawing that is smaller on a phone can be moved instead
+_LEAST_WIDTH = 560  # pixels: on a narrower screen a drawing scrolls
 _UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-_VERDICTS = {"supported": "supported", "contradicted": "contradicted"}
 
 
 class Measure(float):
     """A mean that is shown with its standard error."""
-
-    se: float
 
     def __new__(cls, mean: float, se: float) -> "Measure":
         made = super().__new__(cls, mean)
         made.se = se
         return made
 
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    key: "float | str | None" = None
-    """What the column is sorted by; "" where there is no value."""
-    number: bool = False
-    best: bool = False
-    code: bool = False
-    long: bool = False
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Head:
-    text: str
-    number: bool
+    se: float
 
 
 @dataclass(frozen=True)
 class Part:
-    """A table, a drawing or a picture of a section."""
+    """A table, a drawing or a picture."""
 
-    kind: Literal["table", "svg", "image", "text"]
     title: str = ""
     text: str = ""
-    heads: Sequence[Head] = ()
-    rows: Sequence[Sequence[Cell]] = ()
-    sortable: bool = False
-    has_sentences: bool = False
-    svg: Markup = field(default_factory=Markup)
-    source: str = ""
-    alt: str = ""
-    width: int = 0
-    height: int = 0
+    html: Markup = field(default_factory=Markup)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Content by path in the report's folder."""
 
 
 @dataclass(frozen=True)
 class Section:
     id: str
     title: str
-    parts: Sequence[Part]
+    parts: Sequence[Part] = ()
     text: str = ""
 
 
 def render(title: str, made: str, sections: Sequence[Section], **more: Any) -> str:
-    """The page. more: summary and warnings (lists of lines), footer."""
+    """Returns the page. more: summary and warnings (lists of lines), footer."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string(_template("report.html.j2"))
-    page = template.render(
+    page = environment.from_string(_template("report.html.j2")).render(
         title=title,
         made=made,
         sections=[section for section in sections if section.parts or section.text],
@@ -106,8 +78,23 @@ def render(title: str, made: str, sections: Sequence[Section], **more: Any) -> s
 
 
 def clean(text: str) -> str:
-    """The text without characters that neither HTML nor XML may hold: controls and halves of a pair."""
+    """Returns the text with replacement characters for those that HTML forbids: controls and lone surrogates."""
     return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def table_files(name: str, frame: pd.DataFrame) -> dict[str, bytes]:
+    """Returns a frame as CSV and as Parquet, without its index."""
+    # Parquet has no columns of mixed types: they become text.
+    texts = {
+        column: frame[column].map(lambda x: None if x is None or x is pd.NA else clean(str(x)))
+        for column in frame
+        if frame[column].dtype == object
+    }
+    plain = frame.assign(**texts).rename(columns=lambda column: clean(str(column)))
+    return {
+        f"tables/{name}.csv": frame.to_csv(index=False).encode("utf-8", "replace"),
+        f"tables/{name}.parquet": plain.to_parquet(None, index=False),
+    }
 
 
 def table(
@@ -118,70 +105,115 @@ def table(
     code: Sequence[str] = (),
     long: Sequence[str] = (),
     sortable: bool = True,
+    files: Mapping[str, bytes] | None = None,
 ) -> Part:
-    """A frame's columns as they stand; its index is not shown.
+    """Returns a frame's columns as an HTML table, without its index.
 
-    best: columns whose best value is bold, and which end is best. code, long: columns of commands, and of
-    sentences.
+    best: columns whose best value is bold, and which end is best. code, long: columns of commands and of
+    sentences; with sentences, each row becomes a card on a narrow screen.
     """
-    winners = {name: _winner(frame[name], end) for name, end in (best or {}).items()}
-    numeric = {
-        name: any(_is_number(value) for value in frame[name])
-        and all(_is_number(value) or _is_missing(value) for value in frame[name])
-        for name in frame.columns
-    }
-    rows = [
-        [
-            _cell(
-                value,
-                numeric[name],
-                best=name in winners and _is_number(value) and value == winners[name],
-                code=name in code,
-                long=name in long,
-                verdict=_VERDICTS.get(str(value), "open") if name == "verdict" else "",
-            )
-            for name, value in zip(frame.columns, row, strict=True)
-        ]
-        for row in frame.itertuples(index=False)
-    ]
-    heads = [Head(str(name), numeric[name]) for name in frame.columns]
-    return Part("table", title, text, heads, rows, sortable, has_sentences=bool(long))
+    best = best or {}
+    columns: dict[Markup, list[Markup]] = {}
+    for name, values in frame.items():
+        head = Markup.escape(clean(str(name)))
+        known = [value for value in values if not _is_missing(value)]
+        numeric = bool(known) and all(map(_is_number, known))
+        winner = _winner(known, best[name]) if name in best else None
+        cells = [_cell(value, numeric, winner, name in code, name == "verdict") for value in values]
+        if name in long:
+            cells = [Markup('<span class="long">{}</span>').format(cell) for cell in cells]
+        if long and columns:
+            cells = [
+                Markup('<span class="head">{}: </span>{}').format(head, cell) for cell in cells
+            ]
+        columns[Markup('<span class="number">{}</span>').format(head) if numeric else head] = cells
+    classes = ["sortable"] * sortable + ["sentences"] * bool(long)
+    with pd.option_context("display.max_colwidth", None):
+        html = pd.DataFrame(columns, dtype=object).to_html(
+            index=False, escape=False, border=0, justify="unset", classes=classes
+        )
+    box = Markup('<div class="scroll" tabindex="0" role="region" aria-label="{}">{}</div>')
+    return Part(title, text, box.format(title or "table", Markup(html)), files or {})
 
 
-def drawing(figure: "Figure", title: str, text: str = "") -> Part:
-    """A figure as SVG in the page's own ink."""
-    svg = svg_text(figure, title)
-    svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2)
+def drawing(figure: "Figure", name: str, title: str, text: str = "") -> Part:
+    """Returns a figure as SVG in the page's own ink, and its files."""
+    svg = _svg(figure, name)
+    inline = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2)
     width = round(figure.get_figwidth() * _PIXELS_PER_INCH)
-    sizes = f"max-width:{width}px;min-width:{min(width, _LEAST)}px"
-    style = f'<svg role="img" aria-label="{Markup.escape(title)}" style="{sizes}"'
-    svg = svg.replace("<svg", style, 1).replace(INK, "currentColor")
-    return Part("svg", title, text, svg=Markup(svg))
+    sizes = f"max-width:{width}px;min-width:{min(width, _LEAST_WIDTH)}px"
+    opening = f'<svg role="img" aria-label="{Markup.escape(title)}" style="{sizes}"'
+    inline = inline.replace("<svg", opening, 1).replace(INK, "currentColor")
+    html = Markup('<figure class="drawn">{}</figure>').format(Markup(inline))
+    content = {f"figures/{name}.svg": svg.encode(), f"figures/{name}.png": _png(figure)}
+    return Part(title, text, html, content)
 
 
-def picture(image: "Image.Image | Figure", title: str, text: str = "") -> Part:
-    """A picture as WebP, a fifth of the PNG: dozens of grids of photos must open fast."""
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(png_bytes(image))) as read:
+def picture(image: "Image.Image | Figure", name: str, title: str, text: str = "") -> Part:
+    """Returns a picture as WebP, a fifth of the PNG so that a page with dozens opens fast, and its file."""
+    png, webp = _png(image), io.BytesIO()
+    with Image.open(io.BytesIO(png)) as read:
         width, height = read.size
-        read.convert("RGB").save(buffer, format="WEBP", quality=85, method=4)
-    source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Part("image", title, text, source=source, alt=title, width=width, height=height)
+        read.convert("RGB").save(webp, format="WEBP", quality=85, method=4)
+    source = "data:image/webp;base64," + base64.b64encode(webp.getvalue()).decode()
+    html = Markup('<figure><img src="{}" alt="{}" width="{}" height="{}"></figure>')
+    files = {f"figures/{name}.png": png}
+    return Part(title, text, html.format(source, title, width, height), files)
 
 
-def svg_text(figure: "Figure", salt: str) -> str:
+def shown(value: Any) -> str:
+    """Returns a value as the page writes it: four digits, "–" if it is missing, NaN and infinity by name."""
+    if _is_missing(value):
+        return "–"
+    if not _is_number(value):
+        return clean(str(value))
+    number = float(value)
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        text = "∞" if number > 0 else "-∞"
+    elif isinstance(value, Measure) and value.se > 1e-6 * abs(number):
+        # As many decimals as two digits of the error need.
+        decimals = max(0, 1 - math.floor(math.log10(value.se)))
+        text = f"{number:,.{decimals}f} ± {value.se:.{decimals}f}"
+    elif number == int(number) and abs(number) < 1e15:
+        text = f"{int(number):,}"
+    else:
+        text = f"{number:,.2f}" if abs(number) >= 100 else f"{number:.4g}"
+    return text.replace("-", "−")
+
+
+def _cell(value: Any, numeric: bool, winner: float | None, code: bool, verdict: bool) -> Markup:
+    text = Markup.escape(shown(value))
+    if _is_missing(value):
+        pass
+    elif winner is not None and _is_number(value) and value == winner:
+        text = Markup("<b>{}</b>").format(text)
+    elif code:
+        text = Markup("<code>{}</code>").format(text)
+    elif verdict:
+        text = Markup('<span class="verdict {}">{}</span>').format(text, text)
+    if numeric or _is_missing(value):
+        # What the column is sorted by; rows without a value come last.
+        key = float(value) if _is_number(value) and math.isfinite(value) else ""
+        look = Markup(' class="number"') if numeric else ""
+        text = Markup('<data value="{}"{}>{}</data>').format(key, look, text)
+    return text
+
+
+def _svg(figure: "Figure", salt: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # Else clip paths would have random names, and two reports of the same runs would differ.
-    with matplotlib.rc_context({"svg.hashsalt": clean(salt)}), _as_written(figure):
+    # Without a salt, clip paths have random names and two reports of the same runs differ.
+    with matplotlib.rc_context({"svg.hashsalt": clean(salt)}), _literal_text(figure):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return clean(buffer.getvalue())
 
 
 @contextmanager
-def _as_written(figure: "Figure") -> Iterator[None]:
-    """Texts of a figure are drawn as they stand: a dollar sign in a name begins no mathematics."""
+def _literal_text(figure: "Figure") -> Iterator[None]:
+    """Draws the texts of a figure literally: a dollar sign in a name does not start a formula."""
     import matplotlib
     from matplotlib.text import Text
 
@@ -189,58 +221,28 @@ def _as_written(figure: "Figure") -> Iterator[None]:
         assert isinstance(text, Text)
         text.set_parse_math(False)
         text.set_text(clean(text.get_text()))
-    # A glyph that no font has is a box, and no warning.
+    # A glyph that no font has is drawn as a box, without a warning.
     with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield
 
 
-def png_bytes(image: "Image.Image | Figure") -> bytes:
+def _png(image: "Image.Image | Figure") -> bytes:
     buffer = io.BytesIO()
     if isinstance(image, Image.Image):
         image.save(buffer, format="PNG", optimize=True)
     else:
-        with _as_written(image):
+        with _literal_text(image):
             image.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
 
 
-def shown(value: Any) -> str:
-    """A value as the page writes it: four digits, "–" for what is missing, NaN and infinity by name."""
-    if _is_missing(value):
-        return "–"
-    if _is_number(value):
-        number = float(value)
-        if isinstance(value, Measure) and value.se > 1e-6 * abs(number):
-            # As many decimals as the error's two digits have.
-            decimals = max(0, 1 - math.floor(math.log10(value.se)))
-            return f"{number:,.{decimals}f} ± {value.se:.{decimals}f}".replace("-", "−")
-        if math.isnan(number):
-            return "NaN"
-        if math.isinf(number):
-            return "∞" if number > 0 else "−∞"
-        if number == int(number) and abs(number) < 1e15:
-            return f"{int(number):,}".replace("-", "−")
-        digits = f"{number:,.2f}" if abs(number) >= 100 else f"{number:.4g}"
-        return digits.replace("-", "−")
-    return clean(str(value))
-
-
-def _cell(value: Any, number: bool, **looks: Any) -> Cell:
-    if _is_missing(value):
-        return Cell("–", key="", number=number)
-    if number:
-        key: float | str = float(value) if math.isfinite(value) else ""
-        return Cell(shown(value), key=key, number=True, **looks)
-    return Cell(shown(value), **looks)
-
-
-def _winner(values: pd.Series, end: Direction) -> float | None:
+def _winner(values: Sequence[Any], end: Direction) -> float | None:
     finite = [float(x) for x in values if _is_number(x) and math.isfinite(x)]
     # Of a single run nothing is best.
     if len(finite) < 2:
         return None
-    return min(finite) if end == "min" else max(finite)
+    return min(finite) if end == "lower" else max(finite)
 
 
 def _is_number(value: Any) -> bool:

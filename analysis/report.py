@@ -1,10 +1,10 @@
-"""Makes a report of runs: tables with intervals, figures, pictures, and the paper's claims put to the test.
+"""Makes a report of runs: tables with intervals, figures, pictures, and verdicts on the paper's claims.
 
     python analysis/report.py [--experiment NAME] [--sweep SWEEP] [--runs RUN …] --out DIR
 
-DIR/index.html holds all of it and works offline; the same tables lie in DIR/tables as CSV and Parquet, figures and
-pictures in DIR/figures as PNG and SVG. Nothing is trained; drawing pictures takes seconds a run. A report that is
-at DIR already is replaced.
+DIR/index.html holds everything and works offline. DIR/tables has the tables as CSV and Parquet, DIR/figures the
+figures and pictures as PNG and SVG. Nothing is trained; drawing pictures takes seconds per run. A report that is
+already at DIR is replaced.
 """
 
 import argparse
@@ -13,30 +13,26 @@ import time
 import warnings
 from pathlib import Path
 
-import pandas as pd
-
 from analysis import curves, runs
-from analysis.html_page import clean, png_bytes, render, svg_text
-from analysis.report_data import Material
-from analysis.report_images import MOST_RUNS, Picture, opened, pictures
-from analysis.report_sections import MADE_BY, sections, summary
+from analysis.html_page import Part, render
+from analysis.report_data import ReportData
+from analysis.report_images import MOST_RUNS, opened, pictures
+from analysis.report_sections import sections, summary
 from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.files.output_folder import check_folder, whole_folder
 from cvae.run.directory import RunDirectory
 
-_CURVES = ["train/loss", "val/loss"]
 _NAME = "report.py"
+_MADE_BY = "Made by analysis/report.py of cvae-workflow."
 
 
 def parser() -> Parser:
     parser = Parser(
-        prog="report.py", description="Makes a report of runs: one HTML file, tables, figures."
+        prog=_NAME, description="Makes a report of runs: one HTML file, tables, figures."
     )
-    parser.add_argument(
-        "--experiment", metavar="NAME", help="all runs of the experiment of that name"
-    )
+    parser.add_argument("--experiment", metavar="NAME", help="all runs of the experiment")
     parser.add_argument("--sweep", metavar="SWEEP", help="the trials of a sweep")
     parser.add_argument("--runs", nargs="+", metavar="RUN", help='names or folders, or "latest"')
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -51,89 +47,67 @@ def main(arguments: list[str]) -> int:
         )
     out: Path = options.out
     check_folder(out, _NAME, _is_older_report)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        found = runs(options.experiment, sweep=options.sweep, names=options.runs)
-        points = curves(
-            found, [name for name in _CURVES if name in found and found[name].notna().any()]
-        )
-    notes = [str(warning.message) for warning in told if warning.category is UserWarning]
-    for note in notes:
+    data = _load(options)
+    for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
-    material = Material(found, points, notes)
-    drawn, refused = _pictures(material)
-    notes += [f"no pictures of {name}: {reason}" for name, reason in refused.items()]
-    _write(
-        out,
-        _title(options, found),
-        material,
-        drawn,
-        " ".join(["python analysis/report.py", *arguments]),
+    made = sections(data, _pictures(data))
+    command = " ".join(["python analysis/report.py", *arguments])
+    page = render(
+        _title(options, list(data.runs.index)),
+        f"{time.strftime('%d %B %Y, %H:%M')}; {command}",
+        made,
+        summary=summary(data),
+        warnings=data.notes,
+        footer=_MADE_BY,
     )
-    for line in summary(material):
-        print(line)
-    print(out / "index.html")
+    files = {
+        path: content
+        for section in made
+        for part in section.parts
+        for path, content in part.files.items()
+    }
+    try:
+        with whole_folder(out, _NAME, _is_older_report) as folder:
+            for path, content in (files | {"index.html": page.encode()}).items():
+                (folder / path).parent.mkdir(exist_ok=True)
+                (folder / path).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    print(*summary(data), out / "index.html", sep="\n")
     return 0
 
 
-def _pictures(material: Material) -> tuple[list[Picture], dict[str, str]]:
-    """What the shown runs draw, and of those that cannot, why."""
-    here = [RunDirectory(Path(path)) for path in material.showcase(MOST_RUNS)]
-    trained, refused = opened(here)
-    return list(pictures(trained, material.labels)), refused
+def _load(options: argparse.Namespace) -> ReportData:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        table = runs(options.experiment, sweep=options.sweep, names=options.runs)
+        drawn = ("train/loss", "val/loss")
+        points = curves(
+            table, [name for name in drawn if name in table and table[name].notna().any()]
+        )
+    notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    return ReportData(table, points, notes)
 
 
-def _write(out: Path, title: str, material: Material, drawn: list[Picture], command: str) -> None:
-    try:
-        with whole_folder(out, _NAME, _is_older_report) as folder:
-            (folder / "tables").mkdir()
-            (folder / "figures").mkdir()
-            made = sections(material, drawn)
-            for name, frame in made.tables.items():
-                frame.to_csv(folder / "tables" / f"{name}.csv", index=False, errors="replace")
-                _plain(frame).to_parquet(folder / "tables" / f"{name}.parquet", index=False)
-            for name, figure in made.figures.items():
-                (folder / "figures" / f"{name}.svg").write_text(svg_text(figure, name), "utf-8")
-                (folder / "figures" / f"{name}.png").write_bytes(png_bytes(figure))
-            for picture in drawn:
-                (folder / "figures" / f"{picture.name}.png").write_bytes(png_bytes(picture.image))
-            page = render(
-                title,
-                f"{time.strftime('%d %B %Y, %H:%M')}; {command}",
-                made.sections,
-                summary=summary(material),
-                warnings=material.notes,
-                footer=MADE_BY,
-            )
-            (folder / "index.html").write_text(page, "utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+def _pictures(data: ReportData) -> list[Part]:
+    """Returns what the best runs draw; notes which cannot, and why."""
+    trained, refused = opened([RunDirectory(Path(path)) for path in data.showcase(MOST_RUNS)])
+    data.notes += [f"no pictures of {name}: {reason}" for name, reason in refused.items()]
+    return list(pictures(trained, data.labels))
 
 
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """A column of mixed types has none in Parquet: such become text."""
-    mixed = {
-        name: frame[name].map(lambda x: None if x is None or x is pd.NA else clean(str(x)))
-        for name in frame.columns
-        if frame[name].dtype == object
-    }
-    return frame.assign(**mixed).rename(columns=lambda name: clean(str(name)))
-
-
-def _title(options: argparse.Namespace, found: pd.DataFrame) -> str:
+def _title(options: argparse.Namespace, names: list[str]) -> str:
     if options.sweep:
         return f"Sweep {options.sweep}"
-    if options.experiment:
-        return str(options.experiment)
-    return ", ".join(found.index) if len(found) < 4 else f"{len(found)} runs"
+    return options.experiment or (", ".join(names) if len(names) < 4 else f"{len(names)} runs")
 
 
 def _is_older_report(folder: Path) -> bool:
-    """Whether it is a report, and nothing else, of a version that left no marker."""
+    """Whether the folder is a report of a version that left no marker, and holds nothing else."""
     page = folder / "index.html"
     if {file.name for file in folder.iterdir()} - {page.name, "tables", "figures"}:
         return False
-    return page.is_file() and MADE_BY in page.read_text("utf-8", errors="replace")
+    return page.is_file() and _MADE_BY in page.read_text("utf-8", errors="replace")
 
 
 if __name__ == "__main__":

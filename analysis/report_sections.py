@@ -1,102 +1,93 @@
-"""What a report says, in its order: claims, runs, ablations, curves, pictures, where it all comes from."""
+"""The sections of a report, in the order of the page."""
 
 import math
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from analysis import figures
-from analysis.claims import CLAIMS, MARGIN, NOT_TESTED, judge
+from analysis.claims import CLAIMS, MARGIN, NOT_TESTED
 from analysis.html_page import (
     Direction,
     Measure,
     Part,
     Section,
     drawing,
-    picture,
     shown,
     table,
+    table_files,
 )
-from analysis.intervals import compare, importance
+from analysis.intervals import MEANING, compare, importance
 from analysis.intervals import summary as mean_and_se
-from analysis.report_data import MEANING, METRIC, Material
-from analysis.report_images import Picture
+from analysis.report_data import METRIC, ReportData
 from cvae.evaluation.metric_groups import likelihood_note
 from cvae.metrics import better
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-MADE_BY = "Made by analysis/report.py of cvae-workflow."
 _MOST_CHANGED_VALUES = 8
-_ABLATION = [
-    # What matters comes first: a phone shows three columns.
-    *("first", "second", "verdict", "difference", "95 % interval", "seeds", "metric", "setting"),
-    *("first mean", "second mean"),
-]
+# What matters comes first: a phone shows three columns.
+_ABLATION = (
+    "first", "second", "verdict", "difference", "95 % interval", "seeds", "metric", "setting", "first mean",
+    "second mean",
+)  # fmt: skip
 
 
-class Report(NamedTuple):
-    sections: list[Section]
-    tables: dict[str, pd.DataFrame]
-    figures: "dict[str, Figure]"
-
-
-def summary(material: Material) -> list[str]:
-    """Some sentences: how many runs, and the best."""
-    runs, whole = material.runs, material.whole
+def summary(data: ReportData) -> list[str]:
+    """Returns some sentences: how many runs, and the best."""
+    runs, whole = data.runs, data.whole
     counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
     lines = [f"{len(runs)} runs: {counts}." if len(runs) > 1 else f"One run: {counts[2:]}."]
     if METRIC not in runs or runs[METRIC].isna().all():
         lines.append(
-            "No run has been evaluated yet, so there is nothing to compare: training evaluates after every"
+            "No run has been evaluated yet, so there is nothing to compare: training evaluates every"
             " training.eval_every epochs."
         )
-    elif not whole.empty and not material.differ_in_meaning:
-        best = str(whole[METRIC].astype(float).idxmin())
-        of = f" ({material.groups[best]})" if material.keys else ""
-        lines.append(
-            f"Lowest {METRIC}: {whole[METRIC].astype(float).min():.2f} nats per image, {best}{of}."
-        )
-    if len(whole) and whole.groupby(material.groups[whole.index]).size().max() == 1:
-        lines.append("One seed each: no interval can be given, and none is made up.")
+    elif data.best is not None and not data.differ_in_meaning:
+        group = f" ({data.groups[data.best]})" if data.keys else ""
+        lowest = whole.loc[data.best, METRIC]
+        lines.append(f"Lowest {METRIC}: {lowest:.2f} nats per image, {data.best}{group}.")
+    if len(whole) and whole.groupby(data.groups[whole.index]).size().max() == 1:
+        lines.append("One seed each, so there are no intervals.")
     return lines
 
 
-def sections(material: Material, drawn: Sequence[Picture]) -> Report:
-    tables: dict[str, pd.DataFrame] = {}
-    made: dict[str, Figure] = {}
-    claims = _claims(material, tables)
-    tested = not (tables["claims"]["verdict"] == NOT_TESTED).all()
-    parts = [
-        *([claims] if tested else []),
-        _overview(material, tables),
-        _groups(material, tables),
-        _ablations(material, tables),
-        _curves(material, made),
-        _search(material, made),
-        Section("pictures", "Pictures", [picture(p.image, p.title, p.text) for p in drawn]),
-        *([] if tested else [claims]),
-        _left_out(material),
-        _next(material),
-        _provenance(material, tables),
-    ]
-    return Report(parts, tables, made)
+def sections(data: ReportData, pictures: Sequence[Part]) -> list[Section]:
+    """Returns the sections in their order; those without content have neither parts nor text."""
+    claims = _claims(data)
+    none_tested = (data.claims["verdict"] == NOT_TESTED).all()
+    made = [make(data) for make in (_runs, _groups, _ablations, _curves, _search)]
+    made.append(Section("pictures", "Pictures", pictures))
+    made.insert(len(made) if none_tested else 0, claims)
+    return made + [make(data) for make in (_excluded, _next, _provenance)]
 
 
-def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
-    runs = material.runs
+def _claims(data: ReportData) -> Section:
+    tested = data.claims["verdict"] != NOT_TESTED
+    text = (
+        "Each claim of the paper, tested on the runs of this report alone. One system is better than another if it"
+        f" is so by more than a margin of {MARGIN:g} nats per image, by two one-sided tests at 95 %."
+    )
+    if not tested.all():
+        text += (
+            f" {(~tested).sum()} of {len(tested)} claims need other runs: see the commands below."
+        )
+    part = Part(files=table_files("claims", data.claims))
+    if tested.any():
+        cells = _with_interval(_without_nan(data.claims[tested]), "effect")
+        long = ("claim", "setting", "why")
+        part = table(cells, long=long, sortable=False, files=part.files)
+    return Section("claims", "The paper's claims", [part], text)
+
+
+def _runs(data: ReportData) -> Section:
+    runs = data.runs
     # What matters comes first: a phone shows two columns or three.
     columns: dict[str, object] = {"run": runs.index}
-    if METRIC in material.metrics:
+    if METRIC in data.metrics:
         columns[METRIC] = runs[METRIC]
     columns["status"] = runs["status"]
-    seed = ["seed"] if runs["seed"].nunique() > 1 else []
-    columns |= {key: runs[key] for key in [*material.keys, *seed]}
-    columns |= {name: runs[name] for name in material.metrics}
+    columns |= {name: runs[name] for name in [*data.keys_and_seed, *data.metrics]}
     columns |= {
         "epochs": runs["epoch"].astype(float).round(2),
         "minutes": (runs["seconds"] / 60).round(1),
@@ -104,200 +95,164 @@ def _overview(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
         "seconds per epoch": runs["seconds_per_epoch"].astype(float).round(2),
     }
     frame = pd.DataFrame(columns)
-    tables["runs"] = frame
-    text = (
-        f"Metrics of the best epoch; in bold the best of a column. A click on a head sorts. {_constants(material)}"
-    ).rstrip()
-    if material.differ_in_meaning:
-        keys = " and ".join(material.differ_in_meaning)
+    files = table_files("runs", frame)
+    cells = _without_nan(frame)
+    for run, metrics in data.nan_metrics.items():
+        cells.loc[run, metrics] = math.nan
+    text = "Metrics of the best epoch."
+    if len(cells) == 1:
+        values = cells.iloc[0, 1:].map(shown)
+        alone = pd.DataFrame({"": values.index, cells["run"].iloc[0]: values.to_numpy()})
+        return Section("runs", "The run", [table(alone, sortable=False, files=files)], text)
+    text = "Metrics of the best epoch; the best of a column is bold. Click on a heading to sort."
+    likelihoods = runs.get("model.likelihood", pd.Series(dtype=object)).dropna().unique()
+    if note := likelihood_note(likelihoods):
+        text = f"{text} {note}"
+    if keys := " and ".join(data.differ_in_meaning):
         text += (
             f" The runs differ in {keys}: their losses have different meanings and are not ranked."
         )
-    told = _missing(frame)
-    for run, metrics in material.nan_metrics.items():
-        told.loc[run, metrics] = math.nan
-    if len(told) == 1:
-        alone = pd.DataFrame(
-            {"": told.columns[1:], told["run"].iloc[0]: told.iloc[0, 1:].map(shown)}
-        )
-        return Section(
-            "runs", "The run", [table(alone, sortable=False)], "Metrics of the best epoch."
-        )
-    return Section("runs", "Runs", [table(told, best=_best(material))], text)
+    return Section("runs", "Runs", [table(cells, best=_best(data), files=files)], text)
 
 
-def _constants(material: Material) -> str:
-    """What stands between a loss and a likelihood of the same images."""
-    found = material.runs.get("model.likelihood", pd.Series(dtype=object)).dropna().unique()
-    return likelihood_note(found)
-
-
-def _groups(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
-    """Means over seeds."""
-    whole = material.whole
+def _groups(data: ReportData) -> Section:
     rows = []
-    for name, members in whole.groupby(material.groups[whole.index], sort=False):
+    for name, members in data.whole.groupby(data.groups[data.whole.index], sort=False):
         row: dict[str, object] = {"runs that differ in the seed alone": name, "seeds": len(members)}
-        for metric in material.metrics:
+        for metric in data.metrics:
             values = members[metric].dropna().astype(float)
             finite = values[np.isfinite(values)]
             if len(finite):
                 mean, se, _ = mean_and_se(finite)
                 row |= {metric: mean, f"{metric} se": se}
         rows.append(row)
+    if len(rows) == len(data.whole):
+        return Section("groups", "Means over seeds")
     frame = pd.DataFrame(rows)
-    if whole.empty or len(rows) == len(whole):
-        return Section("groups", "Means over seeds", [])
-    tables["groups"] = frame
-    text = "Mean and standard error over the seeds; runs that are left out are listed below."
-    best = {name: end for name, end in _best(material).items() if name in frame}
-    return Section("groups", "Means over seeds", [table(_with_errors(frame), best=best)], text)
+    best = {name: end for name, end in _best(data).items() if name in frame}
+    part = table(_with_errors(frame), best=best, files=table_files("groups", frame))
+    text = "Mean and standard error over the seeds; excluded runs are listed below."
+    return Section("groups", "Means over seeds", [part], text)
 
 
-def _ablations(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
-    parts = []
-    shown_frames: list[pd.DataFrame] = []
-    for key in material.keys:
-        if material.runs[key].nunique(dropna=False) > _MOST_CHANGED_VALUES:
+def _ablations(data: ReportData) -> Section:
+    parts, n_intervals = [], 0
+    for key in data.keys:
+        if data.runs[key].nunique(dropna=False) > _MOST_CHANGED_VALUES:
             continue
-        compared = [compare(material.runs, key, metric) for metric in _compared(material, key)]
+        compared = [compare(data.runs, key, metric) for metric in _compared(data, key)]
         frames = [frame for frame in compared if not frame.empty]
-        if frames:
-            frame = pd.concat(frames, ignore_index=True)
-            tables[f"ablation_{key}"] = frame
-            pooled = frame["setting"].str.startswith("mean over") | (frame["setting"] == "")
-            shown_frames.append(frame[(frame["metric"] == METRIC) | pooled])
-            told = _with_errors(shown_frames[-1])
-            parts.append(table(_with_interval(told, "difference")[_ABLATION], key, sortable=False))
+        if not frames:
+            continue
+        frame = pd.concat(frames, ignore_index=True)
+        is_mean = (frame["settings"] > 1) | (frame["setting"] == "")
+        frame = frame.drop(columns="settings")
+        visible = frame[(frame["metric"] == METRIC) | is_mean]
+        n_intervals += int(visible["low"].notna().sum())
+        cells = _with_interval(_with_errors(visible), "difference")[list(_ABLATION)]
+        parts.append(table(cells, key, sortable=False, files=table_files(f"ablation_{key}", frame)))
     text = (
         "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
-        " minus first, with 95 % bootstrap intervals; where an interval holds zero, nothing is decided. Of metrics"
-        f" other than {METRIC} only the mean over settings is shown; the folder tables beside this page has all."
+        " minus first, with 95 % bootstrap intervals; an interval that holds zero decides nothing. Of metrics"
+        f" other than {METRIC} only the mean over settings is shown; the folder tables next to this page has all."
     )
-    intervals = sum(int(frame["low"].notna().sum()) for frame in shown_frames)
-    if intervals > 1:
+    if n_intervals > 1:
         text += (
-            f" Of {intervals} such intervals about {intervals / 20:.2g} would exclude zero by chance alone if"
-            " no key did anything."
+            f" Of {n_intervals} such intervals about {n_intervals / 20:.2g} would exclude zero by chance alone if"
+            " no key had an effect."
         )
     return Section("ablations", "What each key does", parts, text if parts else "")
 
 
-def _compared(material: Material, key: str) -> list[str]:
-    """Metrics with a better end. A key that changes what a loss means leaves those out that are losses."""
-    ended = [name for name in material.metrics if _end(name) is not None or name.endswith("_probe")]
-    # Bits per dimension are the same nats once more.
-    metrics = [name for name in ended if not name.endswith("bits_per_dim")]
-    return [name for name in metrics if not (key in MEANING and _is_of_the_loss(name))]
+def _compared(data: ReportData, key: str) -> list[str]:
+    """Returns the metrics with a better end; without losses if the key changes what a loss means."""
+    return [
+        name
+        for name in data.metrics
+        if (better(name) is not None or name.endswith("_probe"))
+        # Bits per dimension are the same nats once more.
+        and not name.endswith("bits_per_dim")
+        and not (key in MEANING and _is_of_the_loss(name))
+    ]
 
 
-def _curves(material: Material, made: "dict[str, Figure]") -> Section:
-    parts = []
-    drawn = {
-        "learning_curves": figures.learning_curves(material.curves, material.ranked),
-        "elbo_parts": figures.elbo_parts(material.whole, material.ranked),
-    }
-    titles = {
-        "learning_curves": (
-            "Learning curves",
-            "Mean over a group's runs, band: ± a standard error.",
+def _curves(data: ReportData) -> Section:
+    n_groups, most = data.groups.nunique(), figures.MOST_GROUPS
+    more = f" The best {most} of {n_groups} groups." if n_groups > most else ""
+    drawn = [
+        (
+            figures.learning_curves(data.curves, data.ranked),
+            *("learning_curves", "Learning curves"),
+            "Mean over a group's runs, band: ± a standard error." + more,
         ),
-        "elbo_parts": ("The two parts of −ELBO", "At each run's best epoch, in nats per image."),
-    }
-    n_groups = material.groups.nunique()
-    if n_groups > figures.MOST_GROUPS:
-        more = f" The best {figures.MOST_GROUPS} of {n_groups} groups."
-        titles = {name: (title, text + more) for name, (title, text) in titles.items()}
-    for name, figure in drawn.items():
-        if figure is not None:
-            made[name] = figure
-            parts.append(drawing(figure, *titles[name]))
-    return Section("curves", "Curves", parts)
+        (
+            figures.elbo_parts(data.whole, data.ranked),
+            *("elbo_parts", "The two parts of −ELBO"),
+            "At each run's best epoch, in nats per image." + more,
+        ),
+    ]
+    return Section("curves", "Curves", [drawing(*entry) for entry in drawn if entry[0] is not None])
 
 
-def _search(material: Material, made: "dict[str, Figure]") -> Section:
-    keys = [*material.keys, *(["seed"] if material.runs["seed"].nunique() > 1 else [])]
-    parts = []
-    lines = figures.parallel_coordinates(material.whole, keys, METRIC)
-    if lines is not None:
-        made["parallel_coordinates"] = lines
-        text = f"A line is a run; the darker, the lower its {METRIC}."
-        parts.append(drawing(lines, "Parallel coordinates", text))
-    bars = figures.importance_bars(importance(material.whole, METRIC))
-    if bars is not None:
-        made["importance"] = bars
-        text = f"How much of the variation of {METRIC} each key explains (functional ANOVA, by Optuna)."
-        parts.append(drawing(bars, "Importance of each key", text))
+def _search(data: ReportData) -> Section:
+    drawn = [
+        (
+            figures.parallel_coordinates(data.whole, data.keys_and_seed, METRIC),
+            *("parallel_coordinates", "Parallel coordinates"),
+            f"A line is a run; the darker, the lower its {METRIC}.",
+        ),
+        (
+            figures.importance_bars(importance(data.whole, METRIC)),
+            *("importance", "Importance of each key"),
+            f"How much of the variation of {METRIC} each key explains (functional ANOVA, by Optuna).",
+        ),
+    ]
+    parts = [drawing(*entry) for entry in drawn if entry[0] is not None]
     return Section("search", "What the search found", parts)
 
 
-def _claims(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
-    frame = judge(material.runs)
-    tables["claims"] = frame
-    text = (
-        "Each claim of the paper, put to the test by the runs of this report alone. A system counts as better"
-        f" if it is so by more than a margin of {MARGIN:g} nats per image, by two one-sided tests at 95 %."
-    )
-    tested = frame["verdict"] != NOT_TESTED
-    parts = []
-    if tested.any():
-        told = _with_interval(_missing(frame[tested]), "effect")
-        long = ("claim", "setting", "why")
-        parts.append(table(told, long=long, sortable=False))
-    if not tested.all():
-        text += (
-            f" {(~tested).sum()} of {len(frame)} claims need other runs: see the commands below."
-        )
-    return Section("claims", "The paper's claims", parts, text)
+def _excluded(data: ReportData) -> Section:
+    frame = data.excluded.rename_axis("run").reset_index(name="why")
+    if frame.empty:
+        return Section("left_out", "Left out of the means")
+    text = "These are in the table of runs, and in no mean, no comparison and no claim."
+    return Section("left_out", "Left out of the means", [table(frame, long=("why",))], text)
 
 
-def _next(material: Material) -> Section:
+def _next(data: ReportData) -> Section:
     """Commands that go on from here."""
-    runs = material.runs
-    rows = []
-    unfinished = runs.index[runs["status"].isin(["stopped", "failed", "unfinished"])]
-    for name in unfinished[:3]:
-        rows.append(
-            ("go on with a run that did not finish", _workflow("runs.py resume", str(name)))
-        )
-    whole = material.whole
-    if len(whole):
-        best = str(whole[METRIC].astype(float).idxmin())
-        if not any(name.startswith("eval/") for name in material.metrics):
+    unfinished = data.runs.index[data.runs["status"].isin(["stopped", "failed", "unfinished"])]
+    rows = [
+        ("continue a run that did not finish", _workflow("runs.py resume", str(name)))
+        for name in unfinished[:3]
+    ]
+    if best := data.best:
+        if not any(name.startswith("eval/") for name in data.metrics):
             rows.append(("measure likelihoods, PSNR and more", _workflow("evaluate.py", best)))
         rows.append(("draw with the best run", _workflow("generate.py", best)))
-        rows.append(("give its model away", _workflow("export.py", best, f"exports/{best}")))
-        if whole["seed"].nunique() < 3 and isinstance(whole.loc[best, "path"], str):
+        rows.append(("export its model", _workflow("export.py", best, f"exports/{best}")))
+        seeds = {int(seed) for seed in data.whole["seed"].dropna()}
+        if len(seeds) < 3 and isinstance(data.whole.loc[best, "path"], str):
+            seed = next(n for n in range(len(seeds) + 1) if n not in seeds)
             file = f"runs/{best}/experiment.yaml"
-            used = {int(seed) for seed in whole["seed"].dropna()}
-            seed = next(n for n in range(len(used) + 1) if n not in used)
             command = _workflow("launch.py", file, f"seed={seed}")
-            rows.append(("another seed, for an interval", command))
-    judged = judge(runs)
-    untested = set(judged["claim"][judged["verdict"] == NOT_TESTED])
-    commands = dict.fromkeys(claim.needs for claim in CLAIMS if claim.claim in untested)
-    for command in (text for text in commands if text.startswith("python")):
-        first, _, after = command.partition(", then ")
-        rows.append(("test more claims" + (f"; then {after}" if after else ""), first))
+            rows.append(("train another seed, for an interval", command))
+    untested = set(data.claims["claim"][data.claims["verdict"] == NOT_TESTED])
+    needed = [claim for claim in CLAIMS if claim.claim in untested and claim.command]
+    commands = dict.fromkeys((claim.command, claim.then) for claim in needed)
+    for command, then in commands:
+        rows.append(("test more claims" + (f"; then {then}" if then else ""), command))
     frame = pd.DataFrame(rows, columns=["what", "command"])
-    parts = [table(frame, code=("command",), long=("what", "command"), sortable=False)]
-    return Section("next", "What next", parts if rows else [])
+    part = table(frame, code=("command",), long=("what", "command"), sortable=False)
+    return Section("next", "What next", [part] if rows else [])
 
 
 def _workflow(script: str, *words: str) -> str:
     return " ".join([f"python workflows/{script}", *map(shlex.quote, words)])
 
 
-def _left_out(material: Material) -> Section:
-    reasons = material.out_of_the_means
-    frame = pd.DataFrame({"run": reasons.index, "why": reasons.to_numpy()})
-    text = "These are in the table of runs, and in no mean, no comparison and no claim."
-    parts = [table(frame, long=("why",))] if len(frame) else []
-    return Section("left_out", "Left out of the means", parts, text if parts else "")
-
-
-def _provenance(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
-    runs = material.runs
+def _provenance(data: ReportData) -> Section:
+    runs = data.runs
     frame = pd.DataFrame(
         {
             "run": runs.index,
@@ -311,32 +266,34 @@ def _provenance(material: Material, tables: dict[str, pd.DataFrame]) -> Section:
             "reproduce": [_command(row) for _, row in runs.iterrows()],
         }
     )
-    tables["provenance"] = frame
-    packages = [found for found in runs["packages"] if isinstance(found, dict)]
-    versions = {
-        name: ", ".join(sorted({str(found[name]) for found in packages if found.get(name)}))
-        for name in (packages[0] if packages else {})
-    }
-    listed = pd.DataFrame({"package": versions.keys(), "version": versions.values()})
-    parts: list[Part] = [table(_missing(frame), code=("reproduce",), long=("reproduce",))]
-    if len(listed):
+    files = table_files("provenance", frame)
+    long = ("reproduce",)
+    parts = [table(_without_nan(frame), code=long, long=long, files=files)]
+    packages = [versions for versions in runs["packages"] if isinstance(versions, dict)]
+    if packages:
+        versions = {
+            name: ", ".join(sorted({str(one[name]) for one in packages if one.get(name)}))
+            for name in packages[0]
+        }
+        listed = pd.DataFrame({"package": versions.keys(), "version": versions.values()})
         parts.append(table(listed, "Packages", sortable=False))
     return Section("provenance", "Where it comes from", parts)
 
 
 def _command(row: pd.Series) -> str | None:
-    """Repeats a run, wherever it was launched from: its resolved experiment."""
+    """Returns the command that repeats a run from its resolved experiment, or the one that launched it."""
     if isinstance(row["path"], str):
-        return f"python workflows/launch.py {shlex.quote(f'runs/{row.name}/experiment.yaml')}"
+        return _workflow("launch.py", f"runs/{row.name}/experiment.yaml")
     return None if pd.isna(row["command"]) else str(row["command"])
 
 
-def _best(material: Material) -> "dict[str, Direction]":
-    ends = {name: _end(name) for name in material.metrics}
-    found = {name: end for name, end in ends.items() if end is not None}
-    if material.differ_in_meaning:
-        return {name: end for name, end in found.items() if not _is_of_the_loss(name)}
-    return found
+def _best(data: ReportData) -> "dict[str, Direction]":
+    """Returns the better end of the metrics that have one and can be ranked."""
+    return {
+        name: end
+        for name in data.metrics
+        if (end := better(name)) and not (data.differ_in_meaning and _is_of_the_loss(name))
+    }
 
 
 def _is_of_the_loss(metric: str) -> bool:
@@ -344,42 +301,32 @@ def _is_of_the_loss(metric: str) -> bool:
     return any(part in metric for part in ("loss", "elbo", "bits"))
 
 
-def _end(metric: str) -> "Direction | None":
-    """Returns which end of a metric is best; None if neither is."""
-    ends: dict[str | None, Direction] = {"lower": "min", "higher": "max"}
-    return ends.get(better(metric))
-
-
 def _with_interval(frame: pd.DataFrame, effect: str) -> pd.DataFrame:
-    """low and high as one column behind the effect that they are of."""
+    """Replaces low and high by one column behind the effect that they belong to."""
     bounds = [
         "" if low is None or high is None else f"{shown(low)} to {shown(high)}"
         for low, high in zip(frame["low"], frame["high"], strict=True)
     ]
-    told = frame.drop(columns=["low", "high"])
-    told.insert(told.columns.get_loc(effect) + 1, "95 % interval", bounds)
-    return told
+    joined = frame.drop(columns=["low", "high"])
+    joined.insert(joined.columns.get_loc(effect) + 1, "95 % interval", bounds)
+    return joined
 
 
 def _with_errors(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each mean together with the standard error that stands behind it, as one column."""
-    errors = {name: f"{str(name).removesuffix(' mean')} se" for name in frame}
-    measured = {
-        str(name): pd.Series(
-            [
-                Measure(mean, error) if isinstance(mean, float) else mean
-                for mean, error in zip(frame[name], frame[se], strict=True)
-            ],
-            index=frame.index,
-            dtype=object,
-        )
+    """Joins each mean with the standard error that follows it into one column."""
+    errors = {str(name): f"{str(name).removesuffix(' mean')} se" for name in frame}
+    errors = {name: se for name, se in errors.items() if se in frame}
+    joined = {
+        name: [
+            Measure(mean, error) if isinstance(mean, float) else mean
+            for mean, error in zip(frame[name], frame[se], strict=True)
+        ]
         for name, se in errors.items()
-        if se in frame
     }
-    whole = frame.astype(object).assign(**measured)
-    return _missing(whole.drop(columns=[se for se in errors.values() if se in frame]))
+    joined = {name: pd.Series(cells, frame.index, object) for name, cells in joined.items()}
+    return _without_nan(frame.astype(object).assign(**joined).drop(columns=list(errors.values())))
 
 
-def _missing(frame: pd.DataFrame) -> pd.DataFrame:
-    """Where pandas writes NaN for what is not there, nothing."""
+def _without_nan(frame: pd.DataFrame) -> pd.DataFrame:
+    """Puts None for pandas' NaN, which stands for what is missing."""
     return frame.astype(object).where(frame.notna(), None)

@@ -5,10 +5,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const down = head.getAttribute("aria-sort") === "ascending";
       table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].dataset.key ?? row.cells[column].textContent;
+      const key = (row) => row.cells[column].querySelector("data")?.value ?? row.cells[column].textContent;
       const rows = [...body.rows].map((row) => [key(row), row]);
-      const numeric = head.classList.contains("number");
-      // What has no value stays at the end in both directions.
+      const numeric = head.querySelector(".number") !== null;
+      // Rows without a value stay at the end in both directions.
       rows.sort(([a], [b]) => (a === "") - (b === "") || (down ? -1 : 1) * (numeric ? a - b : a.localeCompare(b)));
       rows.forEach(([, row]) => body.append(row));
     };

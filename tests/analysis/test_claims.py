@@ -5,9 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.claims import CLAIMS, MARGIN, _no_better, _row, judge
-from analysis.intervals import config_keys, interval
-from analysis.report_data import MEANING
+from analysis.claims import CLAIMS, MARGIN, judge, judge_one, no_better
+from analysis.intervals import MEANING, config_keys, interval
 from analysis.run_folders import with_defaults
 
 
@@ -83,7 +82,7 @@ def share(verdict: str, effect: float, n_seeds: int, repetitions: int = 400) -> 
     """How often "no better" gets a verdict, by seeds whose differences vary by 4 nats."""
     generator = np.random.default_rng(n_seeds)
     drawn = generator.normal(effect, 4.0, (repetitions, n_seeds))
-    found = [_no_better(interval(x, level=0.90), MARGIN)[0] for x in drawn]
+    found = [no_better(interval(x, level=0.90), MARGIN)[0] for x in drawn]
     return found.count(verdict) / repetitions
 
 
@@ -149,7 +148,7 @@ def test_runs_that_differ_in_another_key_are_not_averaged(claim: int) -> None:
     for key, changed in zip(keys, cycle((range(1, 8, 2), range(4), range(7, 8))), strict=False):
         frame = whole.astype(object)
         frame[key] = ["other" if n in changed else value for n, value in enumerate(frame[key])]
-        told = _row(CLAIMS[claim], frame)
+        told = judge_one(CLAIMS[claim], frame)
         if told["verdict"] in ("supported", "contradicted"):
             # Those that have a partner of their own setting are a smaller set of alike runs.
             alone = claim < 3 and (len(changed) == 1 or key in MEANING)
