@@ -1,16 +1,15 @@
-"""Evaluates trained runs: likelihoods, reconstructions, samples; on as many ranks as training has.
+"""Evaluates trained runs: likelihoods, reconstructions, samples; on as many ranks as training.
 
     python workflows/evaluate.py RUN [RUN …] [--split val|train] [--metrics GROUP …] [--iwae-samples K]
                                  [--inception FILE] [--nodes N --gpus G] [--cluster NAME] [--time TIME]
 
-RUN is a run's name, its folder, or "latest". Each is measured at its best checkpoint. What is found goes to the
-run's journal and to MLflow, once a checkpoint: asked again, only what is missing is measured. Exit status: 0 done,
-1 failed, 2 bad input, 130 interrupted.
+RUN is a run's name, its folder, or "latest". Each run is measured at its best checkpoint. The metrics are
+written to the run's journal and to MLflow, once per checkpoint: a repeated command measures only what is
+missing. Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
 
 import json
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,15 @@ from cvae.progress import progress_bar
 from cvae.run import journal
 from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory
-from slurm import cluster_file, job_state
+from slurm import cluster_file
 from slurm.cluster_file import Place, Placement, TimeLimit
+from slurm.commands import JobState
 from slurm.executors import Job
-from slurm.failure_diagnosis import first_failure
 from slurm.job_state import Submission
-from workflows.jobs.job_options import add_time
-from workflows.jobs.submission import job_environment, submitted
-from workflows.terminal.formatting import aligned, shown, table
+from workflows.jobs.job_options import add_job_options
+from workflows.terminal.formatting import aligned, table
 
 EVALUATE = "cvae.evaluation.evaluate_run:evaluate_runs"
-_POLL_S = {"slurm": 3.0, "local": 0.5}
 
 
 def parser() -> Parser:
@@ -50,7 +47,7 @@ def parser() -> Parser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names, folders, or latest")
     parser.add_argument("--split", choices=["val", "train"], default="val")
-    groups = "; ".join(f"{name}: {what}" for name, what in METRIC_GROUPS.items())
+    groups = "; ".join(f"{name}: {meaning}" for name, meaning in METRIC_GROUPS.items())
     parser.add_argument(
         "--metrics", nargs="+", metavar="GROUP", help=f"default: all that fit a run. {groups}"
     )
@@ -60,31 +57,28 @@ def parser() -> Parser:
     parser.add_argument(
         "--inception", type=Path, metavar="FILE", help="TorchScript network, for fid"
     )
-    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
-    parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
-    parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
-    add_time(parser)
+    add_job_options(parser)
     return parser
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_intermixed_args(arguments)
-    asked = cluster_file.split(options.nodes, options.gpus or options.nodes)
+    requested = cluster_file.split(options.nodes, options.gpus or options.nodes)
     if options.inception is not None and not options.inception.is_file():
         raise UserError(f"--inception {options.inception}: no such file")
     runs = [RunDirectory.open(name) for name in dict.fromkeys(options.runs)]
     requests = _requests(runs, options)
-    from workflows.jobs.plan import locate  # torch: seconds
+    from workflows.jobs.plan import locate  # imports torch, which takes seconds
 
-    place, placement, facts = locate(asked, options.cluster, False, TimeLimit(options.time))
+    place, placement, facts = locate(requested, options.cluster, False, TimeLimit(options.time))
     print(aligned([("evaluate", ", ".join(run.name for run in runs)), *facts]), flush=True)
-    status = _run(requests, place, placement, asked.world_size)
+    status = _evaluate(requests, place, placement, requested.world_size)
     if status:
         return status
     for run in runs:
-        _tell_mlflow(run)
+        _sync(run)
     print(_results(runs, requests))
-    if any({"elbo", "iwae"} & set(asked.groups) for asked in requests):
+    if any({"elbo", "iwae"} & set(request.groups) for request in requests):
         likelihoods = dict.fromkeys(run.experiment().model.likelihood for run in runs)
         print(f"note: {likelihood_note(likelihoods)}")
     return 0
@@ -110,57 +104,68 @@ def _requests(runs: list[RunDirectory], options: Any) -> list[EvaluationRequest]
     return requests
 
 
-def _run(requests: list[EvaluationRequest], place: Place, placement: Placement, gpus: int) -> int:
-    """Evaluates all in one job; the status of it. Where it fails the finished groups are kept."""
+def _evaluate(
+    requests: list[EvaluationRequest], place: Place, placement: Placement, gpus: int
+) -> int:
+    """Evaluates all runs in one job and returns the exit status; finished groups survive a failure."""
+    from workflows.jobs.submission import job_environment
+    from workflows.jobs.waiting import run_and_wait
+
     folder = RunDirectory(Path(requests[0].run)).logs / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
-    progress = folder / "progress.json"
-    progress.unlink(missing_ok=True)
+    progress = _Progress(folder / "progress.json")
+    arguments = ([asdict(request) for request in requests], progress.file)
     environment = job_environment(CodeSnapshot().write())
-    arguments = ([asdict(request) for request in requests], progress)
     job = Job("evaluate", folder, EVALUATE, arguments, environment)
-    with submitted(job, place, placement, gpus, kept="what was measured is kept") as submission:
-        word = _wait(submission, progress)
-    failure = first_failure(folder, submission.job_id)
-    if word == "COMPLETED" or (failure is None and all(map(_is_measured, requests))):
+    try:
+        result = run_and_wait(
+            *(job, place, placement, gpus, progress.show),
+            is_complete=lambda: all(map(_is_measured, requests)),
+            kept="what was measured is kept",
+        )
+    finally:
+        progress.bar.close()
+    if result.state.slurm_state == "COMPLETED" or (
+        result.failure is None and all(map(_is_measured, requests))
+    ):
         return 0
-    if failure is not None and failure.bad_input:
-        raise UserError(failure.how)
-    why = str(failure) if failure else f"it ended as {word}"
-    print(f"{submission.where} failed: {why}; log: {shown(failure.log if failure else folder)}")
+    if result.failure is not None and result.failure.bad_input:
+        raise UserError(result.failure.how)
+    print(f"{result.submission.where} failed: {result.cause}; log: {result.log}")
     return 1
 
 
 def _is_measured(request: EvaluationRequest) -> bool:
-    """Whether the run has all that was asked for, at one checkpoint."""
-    found: dict[int, set[str]] = {}
+    """Returns whether the run has all requested groups, at one checkpoint."""
+    measured: dict[int, set[str]] = {}
     for line in journal.read(RunDirectory(Path(request.run)).journal_file)[0]:
         if line["kind"] == "evaluation":
-            found.setdefault(line["step"], set()).add(line["key"])
-    wanted = {request.key(group) for group in request.groups}
-    return any(wanted <= keys for keys in found.values())
+            measured.setdefault(line["step"], set()).add(line["key"])
+    requested = {request.key(group) for group in request.groups}
+    return any(requested <= keys for keys in measured.values())
 
 
-def _wait(submission: Submission, progress: Path) -> str:
-    """Shows rank 0's images until the job has ended; the queue's word for how."""
-    what, bar = "starts", progress_bar(0, "image", "starts")
-    try:
-        while True:
-            state = job_state.look(submission)
-            said = json.loads(progress.read_text()) if progress.exists() else None
-            if said is not None and said["what"] != what:
-                bar.close()
-                what, bar = said["what"], progress_bar(said["total"], "image", said["what"])
-            if said is not None:
-                bar.update(said["done"] - bar.n)
-            if state.phase == "ended":
-                return state.slurm_state
-            time.sleep(_POLL_S[submission.executor])
-    finally:
-        bar.close()
+class _Progress:
+    """Shows the images that rank 0 has finished, as its file says."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        file.unlink(missing_ok=True)
+        self.task = "starts"
+        self.bar = progress_bar(0, "image", self.task)
+
+    def show(self, submission: Submission, state: JobState) -> None:
+        if not self.file.exists():
+            return
+        progress = json.loads(self.file.read_text())
+        if progress["what"] != self.task:
+            self.bar.close()
+            self.task = progress["what"]
+            self.bar = progress_bar(progress["total"], "image", self.task)
+        self.bar.update(progress["done"] - self.bar.n)
 
 
-def _tell_mlflow(run: RunDirectory) -> None:
+def _sync(run: RunDirectory) -> None:
     from cvae.tracking import mlflow_mirror
 
     try:
@@ -170,20 +175,20 @@ def _tell_mlflow(run: RunDirectory) -> None:
 
 
 def _results(runs: list[RunDirectory], requests: list[EvaluationRequest]) -> str:
-    """A line a metric, a column a run."""
+    """Returns a table with a row per metric and a column per run."""
     start = f"{metric_prefix(requests[0].split)}/"
-    found: list[dict[str, float]] = []
-    for run, asked in zip(runs, requests, strict=True):
+    columns: list[dict[str, float]] = []
+    for run, request in zip(runs, requests, strict=True):
         lines = [x for x in journal.read(run.journal_file)[0] if x["kind"] == "evaluation"]
-        wanted = {asked.key(group) for group in asked.groups}
+        keys = {request.key(group) for group in request.groups}
         metrics: dict[str, float] = {}
-        # Two keys may have one name of a metric, as FIDs by two networks: the one that was asked for counts.
-        for line in sorted(lines, key=lambda x: (x["step"], x["key"] in wanted)):
+        # Two keys may share a metric's name, as FIDs by two networks do: the requested one counts.
+        for line in sorted(lines, key=lambda x: (x["step"], x["key"] in keys)):
             metrics |= {k: v for k, v in line["metrics"].items() if k.startswith(start)}
-        found.append(metrics)
-    names = list(dict.fromkeys(name for metrics in found for name in metrics))
+        columns.append(metrics)
+    names = dict.fromkeys(name for metrics in columns for name in metrics)
     rows = [
-        [name, *(_value(metrics, name) for metrics in found), unit(name)]
+        [name, *(_value(metrics, name) for metrics in columns), unit(name)]
         for name in names
         if not name.endswith("_se")
     ]
