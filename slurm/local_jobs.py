@@ -1,7 +1,8 @@
-"""Jobs on this machine: submitit's local executor, made to outlive the terminal that it was started from.
+"""Jobs on this machine: submitit's local executor, made to outlive the terminal in which it was started.
 
-As a program (`python -m slurm.local_jobs FOLDER`) this is the controller of one job: it starts a process per rank,
-tells them to save when it gets SIGTERM, and, as `srun --kill-on-bad-exit` does, ends all when one ends badly.
+As a program (`python -m slurm.local_jobs FOLDER PATIENCE [SUPERVISION MAX_RESTARTS]`) this is the controller of
+one job: it starts a process per rank, passes SIGTERM on to them and, as `srun --kill-on-bad-exit` does, ends all
+of them when one fails.
 """
 
 import json
@@ -22,27 +23,30 @@ from slurm.commands import JobState
 from slurm.failure_diagnosis import CONTROLLER_LOG
 from slurm.supervision import AttemptLog, Supervision
 
-# For the last words of the ranks that outlive a bad end. MLflow's mirror is a process of its own and goes on.
+# For the other ranks to finish writing after one has failed. MLflow's mirror is a process of its own and goes on.
 _PATIENCE_S = 12.0
 _POLL_S = 0.1
 _SUFFIX = "CVAE_JOB_SUFFIX"
 
 
 class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not checked, see pyproject
-    """submitit's own starts its controller in the terminal's session, where Ctrl-C and a closed window reach
-    it; ends the job after a time-out; and decides itself which GPUs the job sees.
+    """Differs from submitit's own in three ways.
 
-    Parameters: tasks_per_node; env: of the ranks; patience_s: what the other ranks get after a bad end;
+    That one starts its controller in the terminal's session, where Ctrl-C and a closed window reach it; ends the
+    job after a time-out; and chooses the GPUs that the job sees.
+
+    Parameters: tasks_per_node; env: of the ranks; patience_s: what the other ranks get after one has failed;
     supervision and max_restarts: see slurm/supervision.py.
     """
 
     def _submit_command(self, command: str) -> Any:
         tasks = self.parameters["tasks_per_node"]
-        patience = self.parameters.get("patience_s", _PATIENCE_S)
-        supervision = []
+        arguments = [str(self.folder), str(self.parameters.get("patience_s", _PATIENCE_S))]
         if self.parameters.get("supervision"):
-            restarts = str(self.parameters["max_restarts"])
-            supervision = [json.dumps(self.parameters["supervision"]), restarts]
+            arguments.append(json.dumps(self.parameters["supervision"]))
+            arguments.append(str(self.parameters["max_restarts"]))
+        # A pid comes again, in a container soon: files of an earlier job must not be taken for this one's.
+        suffix = f"{time.time():.0f}"
         environment = os.environ | {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
@@ -54,19 +58,11 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
             "SUBMITIT_LOCAL_WITH_SHELL": "",
             "SUBMITIT_STDERR_TO_STDOUT": "1",
             **self.parameters["env"],
+            _SUFFIX: suffix,
         }
-        # A pid comes again, in a container soon: the files of an earlier job must not be taken for this one's.
-        suffix = environment[_SUFFIX] = f"{time.time():.0f}"
         with (self.folder / CONTROLLER_LOG).open("a") as log:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "slurm.local_jobs",
-                    str(self.folder),
-                    str(patience),
-                    *supervision,
-                ],
+                [sys.executable, "-m", "slurm.local_jobs", *arguments],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -85,22 +81,19 @@ class _Controller(Controller):  # type: ignore[misc]
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        # submitit calls the job's id the controller's pid.
+        # submitit uses the controller's pid as the job's id.
         self.pid = _job_id(os.getpid(), os.environ[_SUFFIX])
 
     def run_to_end(self, patience_s: float) -> int:
-        """One try. Returns the status of the rank that ended badly first; 0 where none did."""
+        """Runs one attempt. Returns the status of the rank that failed first; 0 if none did."""
         try:
             self.start_tasks()
             return self._wait(patience_s)
         finally:
             self.kill_tasks()
 
-    def run_supervised(
-        self, patience_s: float, supervision: Supervision, max_restarts: int
-    ) -> None:
+    def run_supervised(self, patience_s: float, log: AttemptLog) -> None:
         """Runs as many attempts as the job may have."""
-        log = AttemptLog(self.folder, self.pid, supervision, max_restarts)
         while True:
             log.begin([os.uname().nodename])
             if log.last.number > 1:
@@ -129,14 +122,16 @@ class _Controller(Controller):  # type: ignore[misc]
         deadline, status = float("inf"), 0
         while running and time.monotonic() < deadline:
             if not self.told_to_end and self._is_orphaned():
-                print(f"job {self.pid}: what it belongs to has gone; told to save", flush=True)
+                print(f"job {self.pid}: the process that owns it is gone; told to save", flush=True)
                 self._forward_signal(signal.SIGTERM)
             for rank, task in list(running.items()):
                 code = task.poll()
                 if code is not None:
                     del running[rank]
                 if code:
-                    print(f"job {self.pid}: task {rank}: {_how(code)}", flush=True)
+                    # In srun's words, which failure_diagnosis.py reads.
+                    how = f"Exited with exit code {code}" if code > 0 else signal.strsignal(-code)
+                    print(f"job {self.pid}: task {rank}: {how}", flush=True)
                     deadline = min(deadline, time.monotonic() + patience_s)
                     status = status or code
             time.sleep(_POLL_S)
@@ -148,34 +143,27 @@ def _job_id(pid: int, suffix: str) -> str:
 
 
 def pid_of(job_id: str) -> int:
-    """The controller's; older job ids are mere pids."""
+    """Returns the controller's pid, which is the whole id of older jobs."""
     return int(job_id.partition("-")[0])
 
 
-def _how(code: int) -> str:
-    """In srun's words: "Killed", "Segmentation fault", "Exited with exit code 1"."""
-    return f"Exited with exit code {code}" if code > 0 else str(signal.strsignal(-code))
-
-
 def started_at(pid: int) -> float:
-    """When a process was started, unix seconds: with its pid the identity of a process."""
+    """Returns when a process was started, in unix seconds; with its pid, that identifies it."""
     return psutil.Process(pid).create_time()
 
 
 def look(pid: int, started: float) -> JobState:
-    """Whether anything of the job is left: its controller or, should that have been killed, a rank."""
+    """Returns whether anything of the job is left: its controller or, if that was killed, a rank."""
     if _members(pid, started):
         return JobState("running", "RUNNING", os.uname().nodename, started)
     return JobState("ended", "ENDED")
 
 
 def tell_to_save(pid: int, started: float) -> None:
-    """SIGTERM to every rank."""
-    for process in _members(pid, started):
-        # The controller passes it on; without one, each gets it.
+    """Sends SIGTERM to every rank, by way of the controller if it lives."""
+    members = _members(pid, started)
+    for process in members[:1] if members and members[0].pid == pid else members:
         process.send_signal(signal.SIGTERM)
-        if process.pid == pid:
-            break
 
 
 def kill(pid: int, started: float) -> None:
@@ -184,14 +172,14 @@ def kill(pid: int, started: float) -> None:
 
 
 def _members(pid: int, started: float) -> list[psutil.Process]:
-    """The live processes of the session that the job's controller leads or led; the controller first."""
+    """Returns the live processes of the session that the job's controller leads or led; the controller first."""
     members = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) != pid or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            # A later process that was given the same pid. psutil derives the time from the clock, which
-            # may have been set since.
+            # A later process that was given the same pid. psutil derives the time from the clock, which may have
+            # been set since.
             if process.pid == pid and abs(process.create_time() - started) > 60:
                 return []
         except (ProcessLookupError, psutil.NoSuchProcess):
@@ -200,12 +188,17 @@ def _members(pid: int, started: float) -> list[psutil.Process]:
     return sorted(members, key=lambda process: process.pid != pid)
 
 
-if __name__ == "__main__":
-    # Inside an allocation SLURM warns every process of its end; the ranks bind it for themselves.
+def main(folder: str, patience_s: str, supervision: str = "", max_restarts: str = "0") -> None:
+    # Inside an allocation SLURM warns every process of its end by SIGUSR2; the ranks bind it for themselves.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    controller = _Controller(Path(sys.argv[1]))
-    if sys.argv[3:]:
-        supervised = Supervision(*json.loads(sys.argv[3])), int(sys.argv[4])
-        controller.run_supervised(float(sys.argv[2]), *supervised)
-    else:
-        controller.run_to_end(float(sys.argv[2]))
+    controller = _Controller(Path(folder))
+    if not supervision:
+        controller.run_to_end(float(patience_s))
+        return
+    supervised = Supervision(*json.loads(supervision))
+    log = AttemptLog(controller.folder, controller.pid, supervised, int(max_restarts))
+    controller.run_supervised(float(patience_s), log)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

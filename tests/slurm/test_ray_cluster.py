@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from slurm import ray_cluster
-from slurm.ray_files import private_folder, trouble
+from slurm.ray_cluster import private_folder, trouble
 
 
 def python(folder: Path, text: str) -> str:

@@ -24,8 +24,7 @@ from cvae.config.experiment import Experiment
 from cvae.files.file_lock import file_lock
 from cvae.files.paths import write_atomically
 from cvae.run import journal
-from slurm.ray_cluster import PROBLEM, connect
-from slurm.ray_files import trouble
+from slurm.ray_cluster import PROBLEM, connect, trouble
 from workflows.sweeps.directory import LISTED, SweepDirectory, run_of
 from workflows.sweeps.sweep_file import Space, Sweep, seeds
 from workflows.sweeps.trial import TrialRun
