@@ -14,14 +14,14 @@ from cvae.command_line import Parser, positive, run
 from cvae.data.store import Skipped, store_path
 from cvae.data.text_encoder import MINILM
 from cvae.errors import UserError
-from cvae.preparation.coco import prepare_coco
+from cvae.preparation.coco import CocoRequest, prepare_coco
 from cvae.preparation.coco_download import download_coco
 from cvae.preparation.fashion_mnist import prepare_fashion_mnist
 from cvae.preparation.scenes_coco import TRAIN_IMAGES, prepare_scenes
 from cvae.preparation.store_writer import Prepared
 from slurm import cluster_file
 from workflows.jobs import prepare_job
-from workflows.jobs.job_options import add_time
+from workflows.jobs.job_options import add_job_options
 from workflows.terminal.formatting import duration, shown
 
 _MOST_REASONS = 5
@@ -31,7 +31,10 @@ def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     start = time.monotonic()
     prepared: Prepared = options.prepare(options)
-    _tell(prepared, time.monotonic() - start)
+    if prepared.made:
+        _print_summary(prepared, time.monotonic() - start)
+    else:
+        print(f"{shown(prepared.store.path)} is complete and intact: nothing to do")
     return 0
 
 
@@ -46,7 +49,7 @@ def _parser() -> Parser:
         "--source",
         type=Path,
         metavar="DIR",
-        help="folder of the four idx or idx.gz files (default: Debian's package "
+        help="folder of the four idx or idx.gz files (default: that of Debian's package "
         "dataset-fashion-mnist, else a download)",
     )
     fashion_mnist.set_defaults(prepare=lambda options: prepare_fashion_mnist(options.source))
@@ -57,7 +60,7 @@ def _parser() -> Parser:
         type=positive,
         default=TRAIN_IMAGES,
         metavar="N",
-        help="training images; a tenth as many for validation (default: %(default)s)",
+        help="training images; a tenth as many are for validation (default: %(default)s)",
     )
     _add_text(scenes, MINILM)
     scenes.set_defaults(
@@ -86,47 +89,17 @@ def _parser() -> Parser:
         "--text-precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="of the encoder's matrix products; bf16 is twice as fast where the hardware has it",
+        help="of the encoder's matrix products; bf16 is twice as fast on hardware that supports it",
     )
     coco.add_argument(
         "--download",
         action="store_true",
-        help="first fetch what --root lacks of the official archives, checked; goes on where it was",
+        help="first download what --root lacks of the official archives; resumes, and checks them",
     )
     ranks = coco.add_argument_group("on several GPUs or nodes (default: in this process)")
-    ranks.add_argument("--nodes", type=positive, metavar="N")
-    ranks.add_argument(
-        "--gpus", type=positive, metavar="G", help="in total (default: one per node)"
-    )
-    ranks.add_argument(
-        "--cluster",
-        metavar="NAME",
-        help="configs/clusters/NAME.yaml (default: SLURM where it answers, else this machine)",
-    )
-    add_time(ranks)
+    add_job_options(ranks, nodes=None)
     coco.set_defaults(prepare=_prepare_coco)
     return parser
-
-
-def _prepare_coco(options: argparse.Namespace) -> Prepared:
-    splits = _splits(options.split)
-    fill = None
-    if options.nodes or options.gpus or options.cluster or options.time:
-        nodes = options.nodes or 1
-        asked = cluster_file.split(nodes, options.gpus or nodes)
-        fill = prepare_job.filler(asked, options.cluster, options.time)
-    if options.download:
-        download_coco(options.root, options.split)
-    prepare_job.end_leftover(store_path("coco", options.size))
-    return prepare_coco(
-        options.root,
-        splits,
-        options.size,
-        options.text,
-        text_precision=options.text_precision,
-        crop=options.crop,
-        fill=fill,
-    )
 
 
 def _add_text(parser: argparse.ArgumentParser, default: str) -> None:
@@ -139,8 +112,28 @@ def _add_text(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def _prepare_coco(options: argparse.Namespace) -> Prepared:
+    request = CocoRequest(
+        root=options.root,
+        splits=_splits(options.split),
+        image_size=options.size,
+        text_encoder=options.text,
+        crop=options.crop,
+        text_precision=options.text_precision,
+    )
+    fill = None
+    if options.nodes or options.gpus or options.cluster or options.time:
+        nodes = options.nodes or 1
+        requested = cluster_file.split(nodes, options.gpus or nodes)
+        fill = prepare_job.filler(requested, options.cluster, options.time)
+    if options.download:
+        download_coco(options.root, options.split)
+    prepare_job.end_leftover(store_path("coco", options.size))
+    return prepare_coco(request, fill)
+
+
 def _splits(folders: list[str]) -> dict[str, str]:
-    """train2017 → train, val2017 → val."""
+    """Returns the folder of each split: train2017 is "train", val2017 is "val"."""
     for folder in folders:
         if not re.fullmatch(r"\w[\w.-]*", folder):
             raise UserError(f"--split {folder}: give the name of a folder in --root, as train2017")
@@ -150,35 +143,28 @@ def _splits(folders: list[str]) -> dict[str, str]:
     return splits
 
 
-def _tell(prepared: Prepared, seconds: float) -> None:
-    store, manifest = prepared.store, prepared.store.manifest
-    if not prepared.made:
-        print(f"{shown(store.path)} is complete and intact: nothing to do")
-        return
-    print(f"prepared {shown(store.path)} in {duration(seconds)}")
+def _print_summary(prepared: Prepared, seconds: float) -> None:
+    manifest = prepared.store.manifest
+    print(f"prepared {shown(prepared.store.path)} in {duration(seconds)}")
     for name, split in manifest.splits.items():
         captions = f", {split.captions:,} captions" if split.captions else ""
         skipped = f", {len(split.skipped)} skipped (see manifest.json)" if split.skipped else ""
-        cut = sum(entry.truncated.get(name, 0) for entry in manifest.text_encoders.values())
-        too_long = f", {cut} captions cut to the encoder's limit" if cut else ""
-        print(f"  {name}: {split.images:,} images{captions}{skipped}{too_long}")
+        truncated = sum(entry.truncated.get(name, 0) for entry in manifest.text_encoders.values())
+        cut = f", {truncated} captions cut to the encoder's limit" if truncated else ""
+        print(f"  {name}: {split.images:,} images{captions}{skipped}{cut}")
         for line in _reasons(split.skipped):
             print(f"    {line}")
 
 
 def _reasons(skipped: list[Skipped]) -> list[str]:
-    """Each kind of reason with its number and an example, the commonest first."""
+    """Returns a line with the count and an example of each kind of reason, the commonest first."""
     kinds: dict[str, list[Skipped]] = {}
     for entry in skipped:
         kinds.setdefault(re.sub(r"\d+", "…", entry.reason), []).append(entry)
     ordered = sorted(kinds.values(), key=len, reverse=True)
-    lines = [
-        f"{len(kind):,} × {kind[0].reason} ({kind[0].file})" for kind in ordered[:_MOST_REASONS]
-    ]
-    if len(ordered) > _MOST_REASONS:
-        rest = sum(map(len, ordered[_MOST_REASONS:]))
-        lines.append(f"{rest:,} × something else")
-    return lines
+    first, rest = ordered[:_MOST_REASONS], sum(map(len, ordered[_MOST_REASONS:]))
+    lines = [f"{len(kind):,} × {kind[0].reason} ({kind[0].file})" for kind in first]
+    return [*lines, f"{rest:,} × something else"] if rest else lines
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A COCO download becomes a store: images decoded and resized once, captions encoded once."""
+"""Prepares a store from a COCO download: decodes and resizes its images, encodes its captions."""
 
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from cvae.files.paths import printable, write_atomically
 from cvae.preparation.caption_encoding import CaptionParts
 from cvae.preparation.coco_annotations import Annotations, read_annotations
 from cvae.preparation.image_decoding import RESIZE, ImageParts
-from cvae.preparation.part_workers import Plan
+from cvae.preparation.part_workers import PartPlan
 from cvae.preparation.store_writer import (
     Prepared,
     building,
@@ -39,210 +40,219 @@ from cvae.progress import progress_bar
 SPLITS = {"train": "train2017", "val": "val2017"}
 MAX_SIZE = 1024
 _TOLERATED = 0.01
+PREPARE_ANEW = "delete that folder to prepare it anew"
 
 
-def prepare_coco(
-    root: Path,
-    splits: Mapping[str, str] = SPLITS,
-    image_size: int = 64,
-    text_encoder: str = MINILM,
-    dataset: str = "coco",
-    crop: bool = False,
-    text_precision: Precision = "fp32",
-    fill: Callable[[Plan], None] | None = None,
-) -> Prepared:
-    """Prepares <dataset>-<image_size> from <root>/<folder>/ and <root>/annotations/captions_*.json.
+@dataclass(frozen=True)
+class CocoRequest:
+    """What to prepare from <root>/<folder>/ and <root>/annotations/captions_<folder>.json."""
 
-    splits: folder of each split. crop: cuts the centre square of each image instead of squeezing the
-    whole. text_precision: see load_encoder. A store that is there is added to: splits and encoders that
-    it lacks are made, the others left as they are. Killed at any moment and started again, it ends in
-    the same bytes.
+    root: Path
+    splits: Mapping[str, str] = field(default_factory=SPLITS.copy)
+    """The folder of each split."""
+    image_size: int = 64
+    text_encoder: str = MINILM
+    dataset: str = "coco"
+    crop: bool = False
+    """Resize the centre square of each image instead of squeezing the whole image."""
+    text_precision: Precision = "fp32"
 
-    fill: is given the plan of what is to be decoded and encoded, and may have others fill parts of it,
-    through cvae.preparation.part_workers.fill_parts; what it leaves to do is done here. The bytes are the same.
 
-    Raises UserError for a source that is absent or not COCO captions, for one of which more than
-    1 % cannot be used, for an encoder that cannot be had, and when the store was prepared from
-    something else or is being prepared by another process.
+class _Source(NamedTuple):
+    """A split of the download."""
+
+    split: str
+    folder: Path
+    annotations: Annotations
+    identity: dict[str, Any]
+
+
+def prepare_coco(request: CocoRequest, fill: Callable[[PartPlan], None] | None = None) -> Prepared:
+    """Prepares the store <dataset>-<image_size>, or adds the splits and vectors that it lacks.
+
+    A preparation that was killed at any moment and is started again ends in the same bytes. `fill`
+    may have other processes fill parts of the plan, by fill_parts; the rest is filled here.
+
+    Raises UserError if the source is absent or not COCO captions, if more than 1 % of it is unusable, if
+    the encoder cannot be loaded, or if the store was prepared from something else or is being prepared
+    by another process.
     """
-    if not 1 <= image_size <= MAX_SIZE:
+    if not 1 <= request.image_size <= MAX_SIZE:
         raise UserError(
-            f"image size {image_size}: COCO's photos are 640 pixels wide; 1 to {MAX_SIZE} can be made"
+            f"image size {request.image_size}: COCO's photos are 640 pixels wide;"
+            f" 1 to {MAX_SIZE} can be made"
         )
-    path = store_path(dataset, image_size)
+    path, vectors = store_path(request.dataset, request.image_size), text_file(request.text_encoder)
     with building(path) as folder:
-        manifest = intact_manifest(path, splits) or Manifest(
-            dataset=dataset,
-            image_size=image_size,
+        manifest = intact_manifest(path, request.splits) or Manifest(
+            dataset=request.dataset,
+            image_size=request.image_size,
             channels=3,
             classes=None,
             splits={},
             text_encoders={},
         )
-        with progress_bar(len(splits), "split", "read captions", delay=2) as bar:
-            annotations = {}
-            for name in splits:
-                annotations[name] = read_annotations(root, splits[name])
-                bar.update()
-        sources = {name: _source(splits[name], annotations[name], crop) for name in splits}
-        check_same_resize(path, manifest, RESIZE[crop])
-        for name in splits:
-            check_same_source(path, manifest, name, sources[name])
-        _check_same_precision(path, manifest, text_encoder, text_precision)
-        vectors = text_file(text_encoder)
-        bare = [
-            name
-            for name in splits
-            if name not in manifest.splits or vectors not in manifest.splits[name].files
+        sources = _read_sources(request)
+        _check_same(path, manifest, sources, request)
+        new = [source for source in sources if source.split not in manifest.splits]
+        unencoded = [
+            source
+            for source in sources
+            if source in new or vectors not in manifest.splits[source.split].files
         ]
-        if not bare:
+        if not unencoded:
             return Prepared(Store(path), made=False)
-        encoder = load_encoder(text_encoder, text_precision)
+        encoder = load_encoder(request.text_encoder, request.text_precision)
         entry = _encoder_entry(path, manifest, encoder)
 
-        images = {}
-        for name in bare:
-            if name not in manifest.splits:
-                check_enough(annotations[name], root / splits[name])
-                files = [image.file_name for image in annotations[name].images]
-                parts = folder / f"{name}.images"
-                images[name] = ImageParts.cut(parts, root / splits[name], files, image_size, crop)
-                images[name].begin(sources[name])
-        captions = {}
-        for name in bare:
-            texts = [caption for image in annotations[name].images for caption in image.captions]
-            what = f"{splits[name]}: encode"
-            captions[name] = CaptionParts.begin(folder / f"{name}.text", texts, encoder, what)
+        images = {source.split: _begin_images(folder, source, request) for source in new}
+        captions = {source.split: _begin_captions(folder, source, encoder) for source in unencoded}
         if fill is not None:
-            fill(Plan(folder, [*images.values()], [*captions.values()], encoder))
+            fill(PartPlan(folder, [*images.values()], [*captions.values()], encoder))
 
-        for name in bare:
-            if name in images:
-                images[name].fill_here(f"{splits[name]}: decode")
-                manifest.splits[name] = _write_images(
-                    folder / name, images[name], annotations[name], sources[name]
-                )
-            captions[name].fill_here(encoder, f"{splits[name]}: encode")
-            in_order = folder / name / "captions.json"
-            if name not in images:
-                in_order = path / name / "captions.json"
-            entry.truncated[name] = captions[name].write_vectors(
-                folder / name / vectors, json.loads(in_order.read_text("utf-8")), encoder
-            )
+        for source in unencoded:
+            name, written = source.split, path
+            if source in new:
+                images[name].fill_rest(f"{source.folder.name}: decode")
+                manifest.splits[name] = _write_images(folder / name, images[name], source)
+                written = folder
+            captions[name].fill_rest(f"{source.folder.name}: encode")
+            in_order = json.loads((written / name / "captions.json").read_text("utf-8"))
+            entry.truncated[name] = captions[name].write_vectors(folder / name / vectors, in_order)
             manifest.splits[name].files |= file_entries(folder / name)
         return Prepared(commit(folder, path, manifest), made=True)
 
 
-def check_same_resize(path: Path, manifest: Manifest, resize: str) -> None:
-    """Raises UserError when the store holds images that were resized in another way."""
-    for name, split in manifest.splits.items():
-        was = split.source.get("resize")
-        if was != resize:
-            raise UserError(
-                f"{path} was prepared the other way: split '{name}' is {was}, asked for is {resize}; "
-                "delete that folder to prepare it anew, or set CVAE_HOME to keep both"
-            )
+def _read_sources(request: CocoRequest) -> list[_Source]:
+    sources = []
+    with progress_bar(len(request.splits), "split", "read captions", delay=2) as bar:
+        for split, folder in request.splits.items():
+            annotations = read_annotations(request.root, folder)
+            identity = {
+                "images": folder,
+                "annotations": f"captions_{folder}.json",
+                "annotations_sha256": annotations.sha256,
+                "info": annotations.info,
+                "resize": RESIZE[request.crop],
+            }
+            sources.append(_Source(split, request.root / folder, annotations, identity))
+            bar.update()
+    return sources
 
 
-def check_same_source(path: Path, manifest: Manifest, split: str, source: dict[str, Any]) -> None:
-    """Raises UserError when the split is in the store but was made from something else."""
-    if split not in manifest.splits or manifest.splits[split].source == source:
-        return
-    was = manifest.splits[split].source
-    changed = ", ".join(key for key in {**was, **source} if was.get(key) != source.get(key))
-    raise UserError(
-        f"{path} has a split '{split}' made from something else ({changed} differ); "
-        "delete that folder to prepare it anew"
-    )
-
-
-def _check_same_precision(
-    path: Path, manifest: Manifest, text_encoder: str, precision: Precision
+def _check_same(
+    path: Path, manifest: Manifest, sources: list[_Source], request: CocoRequest
 ) -> None:
-    """Raises UserError when the store holds the encoder's vectors in another precision."""
-    entry = manifest.text_encoders.get(text_encoder)
-    if entry is not None and entry.precision != precision:
+    """Raises UserError if the store was made from another source or with other settings."""
+    keep_both = f"{PREPARE_ANEW}, or set CVAE_HOME to keep both"
+    for name, split in manifest.splits.items():
+        resize = split.source.get("resize")
+        if resize != RESIZE[request.crop]:
+            raise UserError(
+                f"{path} was prepared the other way: split '{name}' is {resize}, asked for is"
+                f" {RESIZE[request.crop]}; {keep_both}"
+            )
+    for source in sources:
+        if source.split in manifest.splits:
+            old, new = manifest.splits[source.split].source, source.identity
+            changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            if changed:
+                raise UserError(
+                    f"{path} has a split '{source.split}' made from something else"
+                    f" ({', '.join(changed)} differ); {PREPARE_ANEW}"
+                )
+    entry = manifest.text_encoders.get(request.text_encoder)
+    if entry is not None and entry.precision != request.text_precision:
         raise UserError(
-            f"{path} was encoded by '{text_encoder}' in {entry.precision}, asked for is {precision};"
-            " delete that folder to prepare it anew, or set CVAE_HOME to keep both"
+            f"{path} was encoded by '{request.text_encoder}' in {entry.precision}, asked for is"
+            f" {request.text_precision}; {keep_both}"
         )
 
 
-def _source(folder: str, annotations: Annotations, crop: bool) -> dict[str, Any]:
-    return {
-        "images": folder,
-        "annotations": f"captions_{folder}.json",
-        "annotations_sha256": annotations.sha256,
-        "info": annotations.info,
-        "resize": RESIZE[crop],
-    }
-
-
 def _encoder_entry(path: Path, manifest: Manifest, encoder: TextEncoder) -> TextEncoderEntry:
-    """The manifest's entry for this encoder, new if need be."""
+    """Returns the manifest's entry for this encoder, which is added if it is absent."""
     entry = manifest.text_encoders.setdefault(encoder.name, encoder.entry())
     difference = encoder.difference(entry)
     if difference is not None:
         raise UserError(
             f"{path} was encoded by another '{encoder.name}' than the one here ({difference}); "
-            "delete that folder to prepare it anew"
+            f"{PREPARE_ANEW}"
         )
     return entry
 
 
-def check_enough(annotations: Annotations, images: Path) -> None:
-    """Raises UserError where more than 1 % of the captions or, as far as is known, images are unusable."""
-    there = set(os.listdir(images))
-    absent = [image.file_name for image in annotations.images if image.file_name not in there]
+def _begin_images(folder: Path, source: _Source, request: CocoRequest) -> ImageParts:
+    _check_usable(source)
+    files = [image.file_name for image in source.annotations.images]
+    return ImageParts.begin(
+        folder / f"{source.split}.images",
+        source.folder,
+        files,
+        request.image_size,
+        request.crop,
+        source.identity,
+    )
+
+
+def _begin_captions(folder: Path, source: _Source, encoder: TextEncoder) -> CaptionParts:
+    captions = [caption for image in source.annotations.images for caption in image.captions]
+    title = f"{source.folder.name}: encode"
+    return CaptionParts.begin(folder / f"{source.split}.text", captions, encoder, title)
+
+
+def _check_usable(source: _Source) -> None:
+    """Raises UserError if more than 1 % of the images are absent or unlisted, or of the captions bad."""
+    annotations, present = source.annotations, set(os.listdir(source.folder))
+    absent = [image.file_name for image in annotations.images if image.file_name not in present]
     if len(absent) == len(annotations.images):
         raise UserError(
-            f"none of the {len(absent)} images of {annotations.file} is in {images}: are these the "
-            f"captions of another split? They are of {printable(absent[0])} and others, as the folder holds "
-            f"{printable(min(there, default='nothing'))}"
+            f"none of the {len(absent)} images of {annotations.file} is in {source.folder}: are these"
+            f" the captions of another split? They are of {printable(absent[0])} and others, as the"
+            f" folder holds {printable(min(present, default='nothing'))}"
         )
     skipped = [Skipped(file=name, reason="file is absent") for name in absent]
-    skipped += annotations.skipped_images
-    listed = len(annotations.images) + len(annotations.skipped_images)
-    _check_share(skipped, listed, f"images of {images}")
+    _check_skipped_images(source, skipped + annotations.skipped_images)
     captions = sum(len(image.captions) for image in annotations.images)
     captions += len(annotations.skipped_captions)
-    _check_share(annotations.skipped_captions, captions, f"captions of {images}")
+    _check_share(annotations.skipped_captions, captions, f"captions of {source.folder}")
 
 
-def _write_images(
-    split: Path, parts: ImageParts, annotations: Annotations, source: dict[str, Any]
-) -> SplitManifest:
-    """Writes everything of a split but its vectors into the folder `split`."""
-    decoded = parts.decoded()
-    skipped = annotations.skipped_images + decoded.skipped
-    listed = len(annotations.images) + len(annotations.skipped_images)
+def _check_skipped_images(source: _Source, skipped: list[Skipped]) -> None:
+    listed = len(source.annotations.images) + len(source.annotations.skipped_images)
+    _check_share(skipped, listed, f"images of {source.folder}")
+
+
+def _check_share(skipped: list[Skipped], total: int, items: str) -> None:
+    if len(skipped) > _TOLERATED * total:
+        example = skipped[-1]
+        raise UserError(
+            f"{len(skipped)} of {total} {items} cannot be used, more than {_TOLERATED:.0%}; "
+            f"for example {example.file}: {example.reason}"
+        )
+
+
+def _write_images(folder: Path, parts: ImageParts, source: _Source) -> SplitManifest:
+    """Writes all files of a split but its vectors; returns its manifest without files."""
+    annotations = source.annotations
+    skipped = annotations.skipped_images + parts.skipped()
     try:
-        _check_share(skipped, listed, f"images of {parts.images}")
+        _check_skipped_images(source, skipped)
     except UserError:
-        decoded.forget_damaged()
+        parts.discard_damaged()
         raise
-    kept = [annotations.images[number] for number in decoded.kept]
-    captions = [caption for image in kept for caption in image.captions]
-    offsets = np.cumsum([0, *(len(image.captions) for image in kept)], dtype=np.int64)
-    shape = (len(kept), 3, parts.image_size, parts.image_size)
-    write_array(split / "images.npy", shape, "u1", decoded.images())
-    save_array(split / "ids.npy", np.array([image.id for image in kept], np.int64))
-    save_array(split / "caption_offsets.npy", offsets)
+    images = [annotations.images[number] for number in parts.decoded_files()]
+    captions = [caption for image in images for caption in image.captions]
+    offsets = np.cumsum([0, *(len(image.captions) for image in images)], dtype=np.int64)
+    shape = (len(images), 3, parts.image_size, parts.image_size)
+    write_array(folder / "images.npy", shape, "u1", parts.decoded_images())
+    save_array(folder / "ids.npy", np.array([image.id for image in images], np.int64))
+    save_array(folder / "caption_offsets.npy", offsets)
     text = json.dumps(captions, ensure_ascii=False, indent=0)
-    write_atomically(split / "captions.json", text + "\n")
+    write_atomically(folder / "captions.json", text + "\n")
     return SplitManifest(
-        source=source,
-        images=len(kept),
+        source=source.identity,
+        images=len(images),
         captions=len(captions),
         skipped=[*skipped, *annotations.skipped_captions],
         files={},
     )
-
-
-def _check_share(skipped: list[Skipped], total: int, what: str) -> None:
-    if len(skipped) > _TOLERATED * total:
-        example = skipped[-1]
-        raise UserError(
-            f"{len(skipped)} of {total} {what} cannot be used, more than {_TOLERATED:.0%}; "
-            f"for example {example.file}: {example.reason}"
-        )

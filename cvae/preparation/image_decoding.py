@@ -1,4 +1,4 @@
-"""Image files become rows of a store: decoded and resized once, in parallel, part by part."""
+"""Image files, decoded and resized once to rows of a store, in parallel, part by part."""
 
 import json
 import warnings
@@ -14,14 +14,7 @@ from tqdm import tqdm
 
 from cvae.data.store import Skipped
 from cvae.files.paths import write_atomically
-from cvae.preparation.store_writer import (
-    part_path,
-    parts_folder,
-    run_parallel,
-    save_part,
-    unfinished,
-)
-from cvae.progress import progress_bar
+from cvae.preparation.parts import Parts, parts_folder, run_parallel, save_part
 
 PART = 512
 _PART_BYTES = 128 << 20  # a worker holds two parts in memory
@@ -33,131 +26,104 @@ RESIZE = {
 
 
 class Unreadable(Exception):
-    """Why an image file cannot be used, in words that name no path of this machine."""
+    """An image file cannot be used; the message names no path of this machine."""
 
 
 @dataclass(frozen=True)
-class ImageParts:
-    """The image files of a split, to be decoded to uint8 (3, image_size, image_size) in parts.
+class ImageParts(Parts):
+    """The image files of a split, decoded to uint8 (3, image_size, image_size).
 
-    Part n is files [n * part, (n + 1) * part): <folder>/<n>.npy is its images, <folder>/<n>.json,
-    written last, what became of each file. Whoever fills a part, its bytes are the same.
+    <folder>/<n>.npy holds the images of part n; <folder>/<n>.json, written last, lists which files
+    could be decoded and why the others could not.
     """
 
-    folder: Path
     images: Path
-    files: list[str]
     image_size: int
     crop: bool
-    part: int
+    unit = "image"
+    suffix = ".json"
 
     @classmethod
-    def cut(
-        cls, folder: Path, images: Path, files: list[str], image_size: int, crop: bool
+    def begin(
+        cls,
+        folder: Path,
+        images: Path,
+        files: list[str],
+        image_size: int,
+        crop: bool,
+        made_from: dict[str, Any],
     ) -> "ImageParts":
+        """Cuts files of the folder `images` into parts; removes parts of another source.
+
+        made_from: identity of the source that lists the files.
+        """
         part = max(1, min(PART, _PART_BYTES // (3 * image_size**2)))
-        return cls(folder, images, files, image_size, crop, part)
-
-    def begin(self, made_from: dict[str, Any]) -> None:
-        """made_from: what the list of files was made from; parts of anything else are removed."""
-        settings = {"image_size": self.image_size, "resize": RESIZE[self.crop], "part": self.part}
-        parts_folder(self.folder, {**made_from, **settings})
-
-    @property
-    def total(self) -> int:
-        return -(-len(self.files) // self.part)
-
-    def todo(self) -> list[int]:
-        return unfinished(self.folder, ".json", self.total)
+        settings = {"image_size": image_size, "resize": RESIZE[crop], "part": part}
+        parts_folder(folder, {**made_from, **settings})
+        return cls(folder, files, part, images, image_size, crop)
 
     def fill(self, numbers: Sequence[int], bar: "tqdm[Any]") -> None:
-        """Decodes these parts in as many processes as this one has cores; the bar counts files."""
-        run_parallel(_decode_part, [self._task(number) for number in numbers], bar)
+        tasks = [
+            (self.path(n, ""), self.images, self.items_of(n), self.image_size, self.crop)
+            for n in numbers
+        ]
+        run_parallel(_decode_part, tasks, bar)
 
-    def fill_here(self, what: str) -> None:
-        """Decodes what is left to do, under a bar."""
-        todo = self.todo()
-        left = sum(len(self._task(number).files) for number in todo)
-        with progress_bar(len(self.files), "image", what, len(self.files) - left) as bar:
-            self.fill(todo, bar)
+    def decoded_files(self) -> list[int]:
+        """Returns the numbers of the files that could be decoded, in order."""
+        return [
+            number * self.part + index
+            for number, report in enumerate(self._reports())
+            for index in report["kept"]
+        ]
 
-    def decoded(self) -> "Decoded":
-        kept: list[int] = []
-        skipped: list[Skipped] = []
-        paths = [self._task(number).path for number in range(self.total)]
-        for number, path in enumerate(paths):
-            report = _report(path)
-            kept += [number * self.part + index for index in report["kept"]]
-            skipped += [Skipped(**entry) for entry in report["skipped"]]
-        return Decoded(kept, skipped, paths)
+    def skipped(self) -> list[Skipped]:
+        return [Skipped(**entry) for report in self._reports() for entry in report["skipped"]]
 
-    def _task(self, number: int) -> "_Task":
-        files = self.files[number * self.part : (number + 1) * self.part]
-        paths = tuple(self.images / file for file in files)
-        return _Task(part_path(self.folder, number, ""), paths, self.image_size, self.crop)
+    def decoded_images(self) -> Iterator[NDArray[np.uint8]]:
+        """Yields the images of each part, uint8 (B, 3, image_size, image_size)."""
+        return (np.load(self.path(n, ".npy"), mmap_mode="r") for n in range(self.total))
 
+    def discard_damaged(self) -> None:
+        """Removes the parts with damaged files, so that a restart reads the repaired files."""
+        for number, report in enumerate(self._reports()):
+            if report["skipped"]:
+                self.path(number, ".json").unlink()
 
-@dataclass(frozen=True)
-class _Task:
-    path: Path  # of the part, without suffix
-    files: tuple[Path, ...]
-    image_size: int
-    crop: bool
+    def _reports(self) -> list[dict[str, Any]]:
+        files = (self.path(number, ".json") for number in range(self.total))
+        return [json.loads(file.read_text("utf-8")) for file in files]
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """kept: numbers of the files that could be decoded, in order; images: these, part by part."""
-
-    kept: list[int]
-    skipped: list[Skipped]
-    paths: list[Path]
-
-    def images(self) -> Iterator[NDArray[np.uint8]]:
-        return (np.load(path.with_suffix(".npy"), mmap_mode="r") for path in self.paths)
-
-    def forget_damaged(self) -> None:
-        """Removes the parts with damaged files, so that a restart looks at the mended files."""
-        for path in self.paths:
-            if _report(path)["skipped"]:
-                path.with_suffix(".json").unlink()
-
-
-def _report(path: Path) -> dict[str, list[Any]]:
-    report: dict[str, list[Any]] = json.loads(path.with_suffix(".json").read_text("utf-8"))
-    return report
-
-
-def _decode_part(task: _Task) -> int:
-    images, kept, skipped = [], [], []
-    for index, file in enumerate(task.files):
+def _decode_part(task: tuple[Path, Path, list[str], int, bool]) -> int:
+    part, folder, files, image_size, crop = task
+    images, kept, skipped = [np.empty((0, 3, image_size, image_size), np.uint8)], [], []
+    for index, name in enumerate(files):
         try:
-            images.append(decode(file, task.image_size, task.crop))
+            images.append(decode(folder / name, image_size, crop)[None])
             kept.append(index)
         except Unreadable as error:
-            skipped.append({"file": file.name, "reason": str(error)})
-    empty = np.empty((0, 3, task.image_size, task.image_size), np.uint8)
-    save_part(task.path.with_suffix(".npy"), np.stack(images) if images else empty)
+            skipped.append({"file": name, "reason": str(error)})
+    save_part(part.with_suffix(".npy"), np.concatenate(images))
     report = json.dumps({"kept": kept, "skipped": skipped}, ensure_ascii=False)
-    write_atomically(task.path.with_suffix(".json"), report)
-    return len(task.files)
+    write_atomically(part.with_suffix(".json"), report)
+    return len(files)
 
 
 def decode(file: Path, image_size: int, crop: bool = False) -> NDArray[np.uint8]:
-    """The image, upright, in RGB, as a square: uint8 (3, image_size, image_size).
+    """Returns an image, upright and in RGB, as a square: uint8 (3, image_size, image_size).
 
-    crop: its centre square, the shorter side resized to image_size; else the whole image is squeezed.
-    Transparency becomes white. Raises Unreadable for a file that is absent, empty or damaged.
+    crop: resizes the centre square, as wide as the shorter side, instead of squeezing the whole image.
+    Transparent pixels are blended with white. Raises Unreadable if the file is absent or damaged.
     """
     try:
         if file.stat().st_size == 0:
             raise Unreadable("empty file")
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("ignore")
-            # JPEG alone: decodes at half, a quarter or an eighth, not below twice the target.
+            # Decodes JPEG at 1/2, 1/4 or 1/8 of its size, but not below twice the target.
             image.draft(None, (2 * image_size, 2 * image_size))
             upright = _rgb(ImageOps.exif_transpose(image))
-            # The box alone is resampled, so that this is one step.
             box = _centre_square(upright.size) if crop else None
             square = upright.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
     except Unreadable:
@@ -166,7 +132,7 @@ def decode(file: Path, image_size: int, crop: bool = False) -> NDArray[np.uint8]
         raise Unreadable("not an image") from None
     except FileNotFoundError:
         raise Unreadable("file is absent") from None
-    except Exception as error:  # a damaged file can raise anything in Pillow
+    except Exception as error:  # Pillow can raise anything for a damaged file
         reason = getattr(error, "strerror", None) or str(error).replace(str(file), file.name)
         raise Unreadable(f"cannot be decoded: {reason}") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
@@ -181,7 +147,7 @@ def _centre_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16 bits a pixel; convert() would clip them to 8 instead of scaling.
+        # 16 bits per pixel; convert() would clip them to 8 bits instead of scaling.
         pixels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
         image = Image.fromarray(pixels.astype(np.uint8))
     if image.has_transparency_data:

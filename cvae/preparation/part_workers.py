@@ -1,29 +1,31 @@
-"""Parts of a preparation, filled by the ranks of a job: on other cores, GPUs and hosts.
+"""Parts of a preparation that the ranks of a job fill: on other cores, GPUs and hosts.
 
-The process that prepares keeps the lock and writes the plan; ranks write parts, each visible by rename
-once it is done, and nothing else; then the process puts the store together from the parts.
+The preparing process holds the store's lock and writes the plan. Ranks write parts and nothing else;
+afterwards the process assembles the store from the parts.
 """
 
+import functools
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cvae.data.text_encoder import TextEncoder, load_encoder
 from cvae.errors import UserError
 from cvae.files.paths import write_atomically
 from cvae.preparation.caption_encoding import CaptionParts
 from cvae.preparation.image_decoding import ImageParts
-from cvae.preparation.store_writer import cores
+from cvae.preparation.parts import Parts, cores
 from cvae.progress import progress_bar
 
 _PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be decoded and encoded to make a store; folder: where it is built."""
+class PartPlan:
+    """All parts that must be filled to make a store; folder: where the store is built."""
 
     folder: Path
     images: list[ImageParts]
@@ -32,73 +34,55 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Parts, of images and of captions."""
-        return sum(parts.total for parts in self._parts())
+        return sum(parts.total for parts in (*self.images, *self.captions))
 
-    def left(self) -> int:
-        """How many of them nobody has finished."""
-        return sum(len(parts.todo()) for parts in self._parts())
-
-    def _parts(self) -> "list[ImageParts | CaptionParts]":
-        return [*self.images, *self.captions]
+    def unfinished(self) -> int:
+        """Returns how many parts are not finished."""
+        return sum(len(parts.unfinished()) for parts in (*self.images, *self.captions))
 
     def write(self) -> None:
-        """For fill_parts. Its paths hold on every host that shares the file systems."""
+        """Writes the plan for fill_parts; its paths must be valid on every host of the job."""
         name = self.encoder.name
         content = {
-            "images": [
-                {
-                    **asdict(parts),
-                    "folder": str(parts.folder),
-                    "images": str(parts.images.resolve()),
-                }
-                for parts in self.images
-            ],
-            "captions": [str(parts.folder) for parts in self.captions],
-            "encoder": str(Path(name).resolve()) if Path(name).is_dir() else name,
+            "images": [{**vars(p), "images": p.images.resolve()} for p in self.images],
+            "captions": [parts.folder for parts in self.captions],
+            "encoder": Path(name).resolve() if Path(name).is_dir() else name,
             "precision": self.encoder.precision,
             "identity": self.encoder.identity,
         }
-        write_atomically(self.folder / _PLAN, json.dumps(content))
+        write_atomically(self.folder / _PLAN, json.dumps(content, default=str))
 
 
 def fill_parts(folder: Path) -> None:
-    """Fills this rank's share of the parts of the plan in `folder`: those that nobody has finished.
+    """Fills this rank's share of the unfinished parts of the plan in `folder`.
 
-    The rank is told by torch's environment variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Ranks
-    never wait for each other. Raises UserError where the encoder is another one on this host.
+    torch's environment variables RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE identify the rank. Ranks
+    do not wait for each other. Raises UserError if this host's encoder differs from the plan's.
     """
     plan = json.loads((folder / _PLAN).read_bytes())
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-
-    def share(numbers: list[int]) -> list[int]:
-        return [number for number in numbers if number % world_size == rank]
-
-    # The bar of all ranks is the client's.
+    encoder = functools.cache(lambda: _load_encoder(plan))
+    all_parts: list[Parts] = [
+        ImageParts(**{**entry, **{key: Path(entry[key]) for key in ("folder", "images")}})
+        for entry in plan["images"]
+    ]
+    all_parts += [CaptionParts.read(Path(captions), encoder) for captions in plan["captions"]]
+    # The preparing process shows the progress of all ranks.
     with progress_bar(0, "part", "", disable=True) as bar:
-        for entry in plan["images"]:
-            paths = {key: Path(entry[key]) for key in ("folder", "images")}
-            images = ImageParts(**{**entry, **paths})
-            images.fill(share(images.todo()), bar)
-        mine = [CaptionParts.read(Path(captions)) for captions in plan["captions"]]
-        if not any(share(captions.todo()) for captions in mine):
-            return
-        encoder = _encoder(plan)
-        for captions in mine:
-            captions.fill(share(captions.todo()), encoder, bar)
+        for parts in all_parts:
+            parts.fill([n for n in parts.unfinished() if n % world_size == rank], bar)
 
 
-def _encoder(plan: dict[str, object]) -> TextEncoder:
+def _load_encoder(plan: dict[str, Any]) -> TextEncoder:
     import torch
 
     if torch.cuda.is_available():
-        # Where the cluster binds one GPU to each task, every task sees just one.
+        # A cluster may show each rank only its own GPU.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores())
-    encoder = load_encoder(str(plan["encoder"]), plan["precision"])  # type: ignore[arg-type]
-    wanted = {**plan["identity"], "name": encoder.name}  # type: ignore[dict-item]
-    if encoder.identity != wanted:
+    encoder = load_encoder(plan["encoder"], plan["precision"])
+    if encoder.identity != {**plan["identity"], "name": encoder.name}:
         raise UserError(
             f"text encoder '{encoder.name}' on {socket.gethostname()} is not the one that the "
             "preparation was begun with"

@@ -1,7 +1,6 @@
-"""The demo's data set: drawn scenes in the layout of a COCO download, prepared as COCO is."""
+"""The demo's data set: drawn scenes in the layout of a COCO download, prepared like COCO."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,16 @@ from cvae.data.text_encoder import MINILM
 from cvae.errors import UserError
 from cvae.files.paths import data_dir, write_atomically
 from cvae.preparation import scenes
-from cvae.preparation.coco import SPLITS, prepare_coco
-from cvae.preparation.store_writer import (
-    Prepared,
-    intact_manifest,
-    locked,
-    parts_folder,
-    run_parallel,
-)
+from cvae.preparation.coco import PREPARE_ANEW, SPLITS, CocoRequest, prepare_coco
+from cvae.preparation.parts import parts_folder, run_parallel
+from cvae.preparation.store_writer import Prepared, intact_manifest, locked
 from cvae.progress import progress_bar
 
 TRAIN_IMAGES = 3000
-# Counts changes of what is drawn or said, so that pictures of an older program are not mixed in.
+# Raised by changes of the drawings or captions, so that older pictures are not mixed in.
 _VERSION = "2"
 _QUALITY = 95
 _PART = 128
-
-
-@dataclass(frozen=True)
-class _Part:
-    folder: Path
-    ids: range
-    seed: int
-    done: Path  # written when all its pictures are
 
 
 def prepare_scenes(
@@ -40,30 +26,30 @@ def prepare_scenes(
 ) -> Prepared:
     """Draws `count` training scenes and a tenth as many for validation, and prepares scenes-64.
 
-    The pictures are in data/scenes-coco, laid out as an official COCO download. Raises UserError
-    when the store was prepared with another count or seed, and as prepare_coco does.
+    The pictures are in data/scenes-coco, in the layout of a COCO download. Raises UserError if the
+    store was prepared with another count or seed, or as prepare_coco does.
     """
-    ids = {
-        "train": range(1, count + 1),
-        "val": range(scenes.FIRST_VAL_ID, scenes.FIRST_VAL_ID + max(1, count // 10)),
-    }
+    first = scenes.FIRST_VAL_ID
+    ids = {"train": range(1, count + 1), "val": range(first, first + max(1, count // 10))}
     infos = {name: _info(seed, len(ids[name])) for name in SPLITS}
     path = store_path("scenes", scenes.IMAGE_SIZE)
     manifest = intact_manifest(path, SPLITS)
-    have = manifest.splits if manifest else {}
+    splits = manifest.splits if manifest else {}
     for name in SPLITS:
-        if name in have and have[name].source["info"] != infos[name]:
-            was = have[name].source["info"]
+        info = splits[name].source["info"] if name in splits else infos[name]
+        if info != infos[name]:
             raise UserError(
-                f"{path} was prepared with other settings ({name}: {was['images']} images, seed "
-                f"{was['seed']}, version {was['version']}); delete that folder to prepare it anew"
+                f"{path} was prepared with other settings ({name}: {info['images']} images, seed "
+                f"{info['seed']}, version {info['version']}); {PREPARE_ANEW}"
             )
-    if all(name in have and text_file(text_encoder) in have[name].files for name in SPLITS):
+    if all(name in splits and text_file(text_encoder) in splits[name].files for name in SPLITS):
         return Prepared(Store(path), made=False)
     root = data_dir() / "scenes-coco"
     with locked(root):
         _draw(root, ids, infos, seed)
-        return prepare_coco(root, SPLITS, scenes.IMAGE_SIZE, text_encoder, dataset="scenes")
+        return prepare_coco(
+            CocoRequest(root, SPLITS, scenes.IMAGE_SIZE, text_encoder, dataset="scenes")
+        )
 
 
 def _info(seed: int, images: int) -> dict[str, Any]:
@@ -71,36 +57,40 @@ def _info(seed: int, images: int) -> dict[str, Any]:
 
 
 def _draw(root: Path, ids: dict[str, range], infos: dict[str, dict[str, Any]], seed: int) -> None:
-    """Writes pictures first, annotations last: what they list is there."""
+    """Draws the pictures, then writes the annotations, so that every listed picture exists."""
     parts_folder(root, infos)
-    (root / "parts").mkdir(exist_ok=True)
-    (root / "annotations").mkdir(exist_ok=True)
-    parts = []
-    for name, folder in SPLITS.items():
+    for folder in ("parts", "annotations", *SPLITS.values()):
         (root / folder).mkdir(exist_ok=True)
-        for start in range(0, len(ids[name]), _PART):
-            done = root / "parts" / f"{folder}-{start // _PART:05}"
-            parts.append(_Part(root / folder, ids[name][start : start + _PART], seed, done))
-    todo = [part for part in parts if not part.done.exists()]
-    if todo:
-        total = sum(len(part.ids) for part in parts)
-        done_before = total - sum(len(part.ids) for part in todo)
-        with progress_bar(total, "image", "scenes: draw", done_before) as bar:
-            run_parallel(_draw_part, todo, bar)
+    parts = [
+        (root, folder, ids[name][start : start + _PART], seed, start // _PART)
+        for name, folder in SPLITS.items()
+        for start in range(0, len(ids[name]), _PART)
+    ]
+    unfinished = [part for part in parts if not _marker(root, part[1], part[4]).exists()]
+    if unfinished:
+        total, left = (sum(len(part[2]) for part in some) for some in (parts, unfinished))
+        with progress_bar(total, "image", "scenes: draw", total - left) as bar:
+            run_parallel(_draw_part, unfinished, bar)
     for name, folder in SPLITS.items():
         file = root / "annotations" / f"captions_{folder}.json"
-        # A process that is killed after its last picture has not written them yet.
-        if todo or not file.exists():
+        # A process that was killed after its last picture has not written them.
+        if unfinished or not file.exists():
             write_atomically(file, json.dumps(_annotations(ids[name], infos[name], seed)))
 
 
-def _draw_part(part: _Part) -> int:
-    for image_id in part.ids:
-        picture, _ = scenes.example(part.seed, image_id)
+def _marker(root: Path, folder: str, number: int) -> Path:
+    """Returns the file that exists once all pictures of a part are drawn."""
+    return root / "parts" / f"{folder}-{number:05}"
+
+
+def _draw_part(part: tuple[Path, str, range, int, int]) -> int:
+    root, folder, ids, seed, number = part
+    for image_id in ids:
+        picture, _ = scenes.example(seed, image_id)
         # 4:4:4: half the colour resolution would blur the edges of saturated shapes.
-        picture.save(part.folder / _file_name(image_id), quality=_QUALITY, subsampling=0)
-    write_atomically(part.done, "")
-    return len(part.ids)
+        picture.save(root / folder / _file_name(image_id), quality=_QUALITY, subsampling=0)
+    write_atomically(_marker(root, folder, number), "")
+    return len(ids)
 
 
 def _annotations(ids: range, info: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from cvae.data.store import open_store, store_path
 from cvae.data.text_encoder import load_encoder
 from cvae.errors import UserError
-from cvae.preparation.coco import prepare_coco
+from cvae.preparation.coco import CocoRequest, prepare_coco
 from cvae.preparation.image_decoding import decode
 from cvae.preparation.store_writer import locked
 from tests.conftest import PROJECT_ROOT
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("home")
 def test_a_store_holds_what_the_download_holds(root: Path, small_bert: str) -> None:
-    made = prepare_coco(root, SPLITS, 16, small_bert)
+    made = prepare_coco(CocoRequest(root, SPLITS, 16, small_bert))
     assert made.made
     store = open_store("coco", 16)
     store.verify()
@@ -61,10 +61,10 @@ def test_a_store_holds_what_the_download_holds(root: Path, small_bert: str) -> N
 
 @pytest.mark.usefixtures("home")
 def test_a_complete_store_is_left_alone(root: Path, small_bert: str) -> None:
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     path = store_path("coco", 16)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    assert not prepare_coco(root, {"val": "val2017"}, 16, small_bert).made
+    assert not prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert)).made
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
@@ -72,12 +72,12 @@ def test_a_complete_store_is_left_alone(root: Path, small_bert: str) -> None:
 def test_splits_and_encoders_are_added_to_what_is_there(
     root: Path, small_bert: str, tmp_path: Path
 ) -> None:
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     path = store_path("coco", 16)
     images = (path / "val" / "images.npy").stat().st_mtime_ns
-    prepare_coco(root, SPLITS, 16, small_bert)
+    prepare_coco(CocoRequest(root, SPLITS, 16, small_bert))
     twin = str(shutil.copytree(small_bert, tmp_path / "twin"))
-    prepare_coco(root, SPLITS, 16, twin)
+    prepare_coco(CocoRequest(root, SPLITS, 16, twin))
     store = open_store("coco", 16)
     store.verify()
     assert (path / "val" / "images.npy").stat().st_mtime_ns == images
@@ -94,24 +94,24 @@ def test_splits_and_encoders_are_added_to_what_is_there(
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (path / "train" / "text").rename(path / "train" / "lost")
     with pytest.raises(UserError, match=r"encoded by another .*weights of sha256"):
-        prepare_coco(root, SPLITS, 16, twin)
+        prepare_coco(CocoRequest(root, SPLITS, 16, twin))
     weights.write_bytes(content)
     with (Path(twin) / "vocab.txt").open("a") as vocabulary:
         vocabulary.write("\nyellow")
     with pytest.raises(UserError, match=r"encoded by another .*\(vocab.txt differs\)"):
-        prepare_coco(root, SPLITS, 16, twin)
+        prepare_coco(CocoRequest(root, SPLITS, 16, twin))
 
 
 @pytest.mark.usefixtures("home")
 def test_a_damaged_split_is_made_anew(root: Path, small_bert: str) -> None:
-    prepare_coco(root, SPLITS, 16, small_bert)
+    prepare_coco(CocoRequest(root, SPLITS, 16, small_bert))
     path = store_path("coco", 16)
     intact = contents(path)
     images = path / "val" / "images.npy"
     content = images.read_bytes()
     images.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     train = (path / "train" / "images.npy").stat().st_mtime_ns
-    assert prepare_coco(root, SPLITS, 16, small_bert).made
+    assert prepare_coco(CocoRequest(root, SPLITS, 16, small_bert)).made
     assert contents(path) == intact
     assert (path / "train" / "images.npy").stat().st_mtime_ns == train
 
@@ -120,17 +120,17 @@ def test_a_damaged_split_is_made_anew(root: Path, small_bert: str) -> None:
 def test_another_source_never_mixes_with_what_is_there(
     root: Path, small_bert: str, tmp_path: Path
 ) -> None:
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     before = contents(store_path("coco", 16))
     other = write_coco(tmp_path / "other", {"val2017": 31})
     with pytest.raises(UserError, match=r"made from something else \(annotations_sha256 differ"):
-        prepare_coco(other, {"val": "val2017"}, 16, small_bert)
+        prepare_coco(CocoRequest(other, {"val": "val2017"}, 16, small_bert))
     assert contents(store_path("coco", 16)) == before
 
 
 @pytest.mark.usefixtures("home")
 def test_cropped_and_squeezed_never_mix(root: Path, small_bert: str) -> None:
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert, crop=True)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert, crop=True))
     path = store_path("coco", 16)
     split = open_store("coco", 16).split("val")
     name = f"{int(split.ids[3]):012}.jpg"
@@ -139,7 +139,7 @@ def test_cropped_and_squeezed_never_mix(root: Path, small_bert: str) -> None:
     before = contents(path)
     for splits in (SPLITS, {"val": "val2017"}, {"train": "train2017"}):
         with pytest.raises(UserError, match="prepared the other way: split 'val' is centre square"):
-            prepare_coco(root, splits, 16, small_bert)
+            prepare_coco(CocoRequest(root, splits, 16, small_bert))
     assert contents(path) == before
 
 
@@ -152,7 +152,7 @@ def test_captions_of_another_split_are_called_that(small_bert: str, tmp_path: Pa
     for number, file in enumerate(sorted(val.iterdir())):
         file.rename(val / f"{number + 5000:012}.jpg")
     with pytest.raises(UserError, match=r"none of the 30 .* captions of another split\?") as caught:
-        prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     assert "000000000007.jpg and others, as the folder holds 000000005000.jpg" in str(caught.value)
     assert not store_path("coco", 16).exists()
 
@@ -161,7 +161,7 @@ def test_captions_of_another_split_are_called_that(small_bert: str, tmp_path: Pa
 @pytest.mark.parametrize("size", [0, 1025, 10**6])
 def test_absurd_sizes_are_refused(root: Path, small_bert: str, size: int) -> None:
     with pytest.raises(UserError, match=f"image size {size}: .* 1 to 1024 can be made"):
-        prepare_coco(root, SPLITS, size, small_bert)
+        prepare_coco(CocoRequest(root, SPLITS, size, small_bert))
 
 
 @pytest.mark.usefixtures("home")
@@ -169,7 +169,7 @@ def test_damaged_images_are_listed_and_skipped(small_bert: str, tmp_path: Path) 
     root = write_coco(tmp_path / "coco", {"val2017": 200})
     (root / "val2017" / "000000000007.jpg").write_bytes(b"")
     (root / "val2017" / "000000001400.jpg").unlink()
-    store = prepare_coco(root, {"val": "val2017"}, 16, small_bert).store
+    store = prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert)).store
     content = store.manifest.splits["val"]
     assert content.images == 198
     assert [(s.file, s.reason) for s in content.skipped] == [
@@ -194,12 +194,14 @@ def test_too_many_are_an_error_and_mended_files_are_read_again(
     with pytest.raises(
         UserError, match=r"3 of 200 images of .*val2017 cannot .* more than 1%; .*jpg"
     ):
-        prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     assert not (store_path("coco", 16) / "manifest.json").exists()
     for file, intact in zip(broken, good, strict=True):
         file.write_bytes(intact)
     assert (
-        prepare_coco(root, {"val": "val2017"}, 16, small_bert).store.manifest.splits["val"].images
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
+        .store.manifest.splits["val"]
+        .images
         == 200
     )
 
@@ -208,9 +210,9 @@ def test_too_many_are_an_error_and_mended_files_are_read_again(
         annotation["caption"] = ""
     write_annotations(root, "val2017", images=content["images"], annotations=content["annotations"])
     with pytest.raises(UserError, match="made from something else"):
-        prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     with pytest.raises(UserError, match=r"cannot be used, more than 1%"):
-        prepare_coco(root, {"val": "val2017"}, 24, small_bert)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 24, small_bert))
     assert not store_path("coco", 24).exists()
 
 
@@ -220,7 +222,7 @@ def test_long_captions_are_counted(small_bert: str, tmp_path: Path) -> None:
     content = read_annotations_file(root, "val2017")
     content["annotations"][3]["caption"] = "red " * 500
     write_annotations(root, "val2017", images=content["images"], annotations=content["annotations"])
-    store = prepare_coco(root, {"val": "val2017"}, 16, small_bert).store
+    store = prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert)).store
     assert store.manifest.text_encoders[small_bert].truncated == {"val": 1}
     assert max(map(len, store.split("val").captions)) == 4 * 500 - 1  # the words are all kept
 
@@ -231,14 +233,14 @@ def test_one_at_a_time(root: Path, small_bert: str) -> None:
         locked(store_path("coco", 16)),
         pytest.raises(UserError, match="is being prepared by another process"),
     ):
-        prepare_coco(root, SPLITS, 16, small_bert)
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+        prepare_coco(CocoRequest(root, SPLITS, 16, small_bert))
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
 
 
 @pytest.mark.skipif(not COCO_SAMPLE.exists(), reason="../shared/coco_sample is absent")
 @pytest.mark.usefixtures("home")
 def test_real_coco_images(small_bert: str) -> None:
-    store = prepare_coco(COCO_SAMPLE, {"val": "val2017"}, 64, small_bert).store
+    store = prepare_coco(CocoRequest(COCO_SAMPLE, {"val": "val2017"}, 64, small_bert)).store
     content = store.manifest.splits["val"]
     assert (content.images, content.captions, content.skipped) == (1965, 9831, [])
     split = store.split("val", small_bert)
@@ -251,11 +253,11 @@ def test_vectors_in_bf16_are_asked_for_and_kept_apart(
     home: Path, root: Path, small_bert: str
 ) -> None:
     splits = {"val": "val2017"}
-    made = prepare_coco(root, splits, 16, small_bert, text_precision="bf16")
+    made = prepare_coco(CocoRequest(root, splits, 16, small_bert, text_precision="bf16"))
     assert made.store.manifest.text_encoders[small_bert].precision == "bf16"
-    assert not prepare_coco(root, splits, 16, small_bert, text_precision="bf16").made
+    assert not prepare_coco(CocoRequest(root, splits, 16, small_bert, text_precision="bf16")).made
     with pytest.raises(UserError, match="in bf16, asked for is fp32"):
-        prepare_coco(root, splits, 16, small_bert)
+        prepare_coco(CocoRequest(root, splits, 16, small_bert))
 
 
 def test_odd_info_is_recognised_at_the_next_start(
@@ -265,5 +267,7 @@ def test_odd_info_is_recognised_at_the_next_start(
     content = read_annotations_file(root, "val2017")
     info = {"x": float("nan"), "\ud800": "\udfff", "y": float("inf")}
     write_annotations(root, "val2017", **{**content, "info": info})
-    made = [prepare_coco(root, {"val": "val2017"}, 16, small_bert).made for _ in range(2)]
+    made = [
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert)).made for _ in range(2)
+    ]
     assert made == [True, False]

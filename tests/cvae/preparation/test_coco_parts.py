@@ -14,8 +14,8 @@ from cvae.data.store import Store, open_store, store_path
 from cvae.errors import UserError
 from cvae.preparation import caption_encoding, image_decoding
 from cvae.preparation.caption_encoding import CaptionParts
-from cvae.preparation.coco import prepare_coco
-from cvae.preparation.part_workers import Plan, fill_parts
+from cvae.preparation.coco import CocoRequest, prepare_coco
+from cvae.preparation.part_workers import PartPlan, fill_parts
 from tests.cvae.data.conftest import (
     contents,
     write_coco,
@@ -39,24 +39,24 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_number_of_ranks_fills_the_same_store(
     root: Path, small_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     path = store_path("coco", 16)
     alone = contents(path)
 
-    def by_ranks(plan: Plan) -> None:
+    def by_ranks(plan: PartPlan) -> None:
         """Three ranks, of which the second gets nothing done."""
         plan.write()
-        left = [plan.left()]
+        left = [plan.unfinished()]
         assert left == [plan.total]
         for rank in (0, 2):
             for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", 0)):
                 monkeypatch.setenv(name, str(value))
             fill_parts(plan.folder)
-            left.append(plan.left())
+            left.append(plan.unfinished())
         assert left[0] > left[1] > left[2] > 0
 
     shutil.rmtree(path)
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert, fill=by_ranks)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert), by_ranks)
     assert contents(path) == alone
 
 
@@ -68,13 +68,13 @@ def test_a_rank_with_another_encoder_stops(
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         monkeypatch.setenv(name, str(value))
 
-    def elsewhere(plan: Plan) -> None:
+    def elsewhere(plan: PartPlan) -> None:
         plan.write()
         (twin / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred")
         fill_parts(plan.folder)
 
     with pytest.raises(UserError, match="is not the one that the preparation was begun with"):
-        prepare_coco(root, {"val": "val2017"}, 16, str(twin), fill=elsewhere)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, str(twin)), elsewhere)
 
 
 @pytest.mark.usefixtures("home")
@@ -88,7 +88,7 @@ def test_what_killed_writers_left_is_no_part_of_the_store(
 
     original = CaptionParts.write_vectors
     monkeypatch.setattr(CaptionParts, "write_vectors", leave_litter)
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     assert not any("x7f" in name for name in contents(store_path("coco", 16)))
     open_store("coco", 16).verify()
 
@@ -101,11 +101,11 @@ def test_parts_of_another_source_are_not_used(
     with monkeypatch.context() as patch:
         patch.setattr("cvae.preparation.coco.CaptionParts.write_vectors", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_coco(other, {"val": "val2017"}, 16, small_bert)
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+            prepare_coco(CocoRequest(other, {"val": "val2017"}, 16, small_bert))
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     begun = contents(store_path("coco", 16))
     shutil.rmtree(store_path("coco", 16))
-    prepare_coco(root, {"val": "val2017"}, 16, small_bert)
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 16, small_bert))
     assert contents(store_path("coco", 16)) == begun
 
 
@@ -116,7 +116,7 @@ def interrupt(*_: object) -> int:
 def _prepare(home: Path, root: Path, encoder: str) -> None:
     os.environ["CVAE_HOME"] = str(home)
     image_decoding.PART, caption_encoding.PART = 16, 32
-    prepare_coco(root, SPLITS, 16, encoder)
+    prepare_coco(CocoRequest(root, SPLITS, 16, encoder))
 
 
 def test_killed_at_many_moments_it_ends_in_the_same_bytes(

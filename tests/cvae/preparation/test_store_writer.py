@@ -16,10 +16,11 @@ import pytest
 
 from cvae.data.store import Store, store_path
 from cvae.errors import UserError
-from cvae.preparation.coco import prepare_coco
+from cvae.preparation.coco import CocoRequest, prepare_coco
 from cvae.preparation.fashion_mnist import prepare_fashion_mnist
+from cvae.preparation.parts import parts_folder, run_parallel
 from cvae.preparation.scenes_coco import prepare_scenes
-from cvae.preparation.store_writer import locked, parts_folder, run_parallel, save_array
+from cvae.preparation.store_writer import locked, save_array
 from cvae.progress import progress_bar
 from tests.cvae.data.conftest import contents, write_coco
 from tests.cvae.preparation.test_fashion_mnist import write_idx_folder
@@ -53,10 +54,13 @@ def _hold(path: Path, held: Path) -> None:
 
 
 def test_parts_of_other_settings_are_removed(tmp_path: Path) -> None:
-    folder = parts_folder(tmp_path / "parts", {"size": 1})
+    folder = tmp_path / "parts"
+    parts_folder(folder, {"size": 1})
     (folder / "a").touch()
-    assert (parts_folder(tmp_path / "parts", {"size": 1}) / "a").exists()
-    assert not (parts_folder(tmp_path / "parts", {"size": 2}) / "a").exists()
+    parts_folder(folder, {"size": 1})
+    assert (folder / "a").exists()
+    parts_folder(folder, {"size": 2})
+    assert not (folder / "a").exists()
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
@@ -167,10 +171,10 @@ def test_a_disk_that_fills_up_while_coco_is_prepared_costs_nothing(
     root = write_coco(tmp_path / "coco", {"val2017": 40})
     monkeypatch.setenv("CVAE_HOME", str(full_disk))
     with pytest.raises(UserError, match=r"the disk of .*coco-64 is full; what is finished is kept"):
-        prepare_coco(root, {"val": "val2017"}, 64, small_bert)
+        prepare_coco(CocoRequest(root, {"val": "val2017"}, 64, small_bert))
     assert not list(full_disk.glob("data/*/manifest.json"))
     subprocess.run(["mount", "-o", "remount,size=8m", full_disk], check=True)
-    prepare_coco(root, {"val": "val2017"}, 64, small_bert).store.verify()
+    prepare_coco(CocoRequest(root, {"val": "val2017"}, 64, small_bert)).store.verify()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "named pipe"])
@@ -186,12 +190,12 @@ def test_what_prepare_did_not_make_stays(home: Path, small_bert: str, kind: str)
     else:
         os.mkfifo(path)
     before = os.lstat(path)
-    with pytest.raises(UserError, match=r"is not a folder|no store that prepare\.py made"):
-        prepare_coco(coco, {"val": "val2017"}, 16, small_bert)
+    with pytest.raises(UserError, match=r"is not a folder|but no prepared store"):
+        prepare_coco(CocoRequest(coco, {"val": "val2017"}, 16, small_bert))
     assert os.lstat(path).st_ino == before.st_ino
     drawn = home / "data" / "scenes-coco"
     drawn.mkdir()
     (drawn / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"was not made by prepare\.py"):
+    with pytest.raises(UserError, match=r"is not ours to overwrite"):
         prepare_scenes(4, text_encoder=small_bert)
     assert (drawn / "thesis.tex").read_text() == "mine"

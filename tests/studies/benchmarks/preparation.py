@@ -20,7 +20,8 @@ from cvae.data.text_encoder import MINILM, TextEncoder, load_encoder
 from cvae.errors import UserError
 from cvae.files.paths import write_atomically
 from cvae.preparation.image_decoding import ImageParts, decode
-from cvae.preparation.store_writer import cores, file_entries, write_array
+from cvae.preparation.parts import cores
+from cvae.preparation.store_writer import file_entries, write_array
 from tests.studies.benchmarks import PREPARATION
 from tests.studies.benchmarks.results import Row, ratio
 from tests.studies.benchmarks.rounds import Bench
@@ -96,12 +97,11 @@ def _prepared_images(coco: Path, seconds: float) -> dict[str, float]:
     names = [file.name for file in islice(cycle(files), count)]
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        parts = ImageParts.cut(Path(folder, "parts"), files[0].parent, names, _SIZE, crop=False)
-        parts.begin({})
-        parts.fill_here("decode")
-        decoded = parts.decoded()
-        shape = (len(decoded.kept), 3, _SIZE, _SIZE)
-        write_array(Path(folder, "split", "images.npy"), shape, "u1", decoded.images())
+        images = files[0].parent
+        parts = ImageParts.begin(Path(folder, "parts"), images, names, _SIZE, False, {})
+        parts.fill_rest("decode")
+        shape = (len(parts.decoded_files()), 3, _SIZE, _SIZE)
+        write_array(Path(folder, "split", "images.npy"), shape, "u1", parts.decoded_images())
         file_entries(Path(folder, "split"))
         return {f"images/{_IMAGES}": len(names) / (time.perf_counter() - began)}
 

@@ -13,7 +13,7 @@ from cvae.data.store import store_path
 from cvae.data.text_encoder import load_encoder
 from cvae.errors import UserError
 from cvae.preparation.image_decoding import ImageParts
-from cvae.preparation.part_workers import Plan
+from cvae.preparation.part_workers import PartPlan
 from cvae.preparation.store_writer import locked
 from slurm import executors, job_state
 from slurm.cluster_file import Placement
@@ -50,17 +50,16 @@ def test_two_ranks_prepare_the_same_bytes(
 
 
 @pytest.fixture
-def plan(home: Path, small_bert: str, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(home: Path, small_bert: str, monkeypatch: pytest.MonkeyPatch) -> PartPlan:
     """Nine images of which none is decoded, to be filled by a function of tests.helpers.job_targets."""
     monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
     folder = home / "data" / "coco-16" / ".preparing"
-    parts = ImageParts.cut(folder / "val.images", home, ["x.jpg"] * 9, 16, False)
-    parts.begin({})
-    return Plan(folder, [parts], [], load_encoder(small_bert))
+    parts = ImageParts.begin(folder / "val.images", home, ["x.jpg"] * 9, 16, False, {})
+    return PartPlan(folder, [parts], [], load_encoder(small_bert))
 
 
 def test_the_reason_of_a_rank_that_fails_is_told(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: PartPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_job, "FILL", "tests.helpers.job_targets:refuse")
     with pytest.raises(UserError, match=r"left 1 of 1 parts undone: .*the rope is too short; fini"):
@@ -70,7 +69,7 @@ def test_the_reason_of_a_rank_that_fails_is_told(
     filler(Placement(1, 1), "local")(plan)  # nothing to do: no job
 
 
-def test_ctrl_c_cancels_the_job(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_cancels_the_job(plan: PartPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_job, "FILL", "tests.helpers.job_targets:wait")
 
     def press() -> None:
@@ -86,7 +85,7 @@ def test_ctrl_c_cancels_the_job(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_job_that_a_killed_preparation_left_is_ended(
-    plan: Plan, capsys: pytest.CaptureFixture[str]
+    plan: PartPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, logs = plan.folder.parent, plan.folder / "job"
     end_leftover(store)

@@ -1,0 +1,3 @@
+from tests.cvae.data.conftest import small_bert
+
+__all__ = ["small_bert"]
