@@ -144,7 +144,7 @@ def _site(monkeypatch: pytest.MonkeyPatch, **keys: object) -> Place:
 @pytest.mark.parametrize(
     ("keys", "asked", "message"),
     [
-        ({}, Placement(4, 4), "--nodes 4 are asked; cluster site, partition gpu has 3 nodes"),
+        ({}, Placement(4, 4), "--nodes 4 are requested; cluster site, partition gpu has 3 nodes"),
         ({}, Placement(2, 8), "has 1 node with 8 GPUs"),
         ({}, Placement(1, 16), "16 GPUs on each node .* has 8 on a node; try --nodes 2 --gpus 16"),
         ({"gpus_per_node": 4}, Placement(1, 8), "has 4 on a node; try --nodes 2 --gpus 8"),
@@ -174,12 +174,12 @@ def test_gaps_of_the_file_are_filled_by_slurm(monkeypatch: pytest.MonkeyPatch) -
     ("keys", "time", "minutes"),
     [
         ({}, TimeLimit(), 1440),
-        ({"time_limit_min": 60}, TimeLimit(asked=90), 90),
+        ({"time_limit_min": 60}, TimeLimit(requested=90), 90),
         ({}, TimeLimit(short=10), 10),
         ({"time_limit_min": 6}, TimeLimit(short=10), 6),
         # A signal before the end must not come before the beginning.
         ({"grace_s": 900}, TimeLimit(short=10), 17),
-        ({}, TimeLimit(asked=20, short=10), 20),
+        ({}, TimeLimit(requested=20, short=10), 20),
     ],
 )
 def test_the_time_limit_of_a_job(
@@ -194,9 +194,9 @@ def test_a_time_limit_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"--time 3: grace_s = 120 of cluster site .* 4 minutes or more"
     ):
-        cluster_file.fit(place, Placement(1, 4), TimeLimit(asked=3))
+        cluster_file.fit(place, Placement(1, 4), TimeLimit(requested=3))
     with pytest.raises(UserError, match=r"--time 1441: .* allows 1440 minutes"):
-        cluster_file.fit(place, Placement(1, 4), TimeLimit(asked=1441))
+        cluster_file.fit(place, Placement(1, 4), TimeLimit(requested=1441))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cvae.files import paths
 from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory, check_new_name
 from slurm import cluster_file, executors
-from slurm.cluster_file import UNASKED, Place, Placement, TimeLimit, count
+from slurm.cluster_file import UNLIMITED, Place, Placement, TimeLimit, count
 from workflows.jobs.checkpoint_notice import expected_save_s, grace_fact
 from workflows.jobs.follow import open_mlflow
 from workflows.jobs.scaling_model import expected_fact, meta_model
@@ -34,7 +34,7 @@ def plan_launch(
     requested: Placement,
     cluster_name: str | None,
     dry_run: bool,
-    time: TimeLimit = UNASKED,
+    time: TimeLimit = UNLIMITED,
 ) -> LaunchPlan:
     """Returns the plan of a new run. origin: the experiment's file and overrides. dry_run: SLURM may be absent.
 
@@ -66,7 +66,7 @@ def plan_launch(
 
 
 def locate(
-    requested: Placement, cluster_name: str | None, dry: bool, time: TimeLimit = UNASKED
+    requested: Placement, cluster_name: str | None, dry: bool, time: TimeLimit = UNLIMITED
 ) -> tuple[Place, Placement, list[Fact]]:
     """Returns the place, the ranks that it can hold, and a description of both.
 
