@@ -1,7 +1,7 @@
-"""Which network interface the ranks of several hosts talk over.
+"""Chooses the network interface over which the ranks of several hosts communicate.
 
-By itself gloo takes the address that a host's own name resolves to. On many systems that is 127.0.1.1, where
-no other host can reach it. NCCL leaves such addresses out by itself.
+By default gloo takes the address that a host's own name resolves to. On many systems that is 127.0.1.1, which
+no other host can reach. NCCL ignores such addresses by itself.
 """
 
 import ipaddress
@@ -13,7 +13,7 @@ import psutil
 
 from cvae.errors import UserError
 
-if TYPE_CHECKING:  # torch takes a second, and a node that only lends itself to Ray needs none
+if TYPE_CHECKING:  # importing torch takes a second, and a node that only serves Ray needs none
     from torch.distributed.distributed_c10d import Store
 
 
@@ -45,7 +45,7 @@ def choose(store: "Store", rank: int, world_size: int) -> None:
 
 
 def source_address(host: str) -> str:
-    """Returns this host's own address on the route to `host`. Nothing is sent.
+    """Returns this host's own address on the route to `host`, without sending anything.
 
     Raises UserError if the name cannot be resolved or no route leads there.
     """

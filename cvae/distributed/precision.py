@@ -1,4 +1,4 @@
-"""The dtype policy and the choice of kernels, in one place.
+"""Chooses dtypes and kernels.
 
 Weights, optimizer state, reductions, KL and likelihood are fp32. Only the matrix products and convolutions
 of encoder and decoder run in the precision chosen here, by autocast or as TF32.
@@ -20,33 +20,35 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _AMPERE = (8, 0)
 
 
-def resolve(wanted: str, device: torch.device) -> str:
+def resolve(requested: str, device: torch.device) -> str:
     """Returns fp32, tf32, bf16 or fp16 for training.precision on this device.
 
-    auto: bf16 where the hardware has it, fp16 with loss scaling on older GPUs, fp32 on CPUs. By compute
-    capability: torch.cuda.is_bf16_supported() is true on a V100 too, through slow emulation.
-    Raises UserError for fp16 on a CPU, and for tf32 on a device that has none.
+    auto: bf16 if the hardware has it, fp16 with loss scaling on older GPUs, fp32 on CPUs. The compute capability
+    decides: torch.cuda.is_bf16_supported() is true on a V100 too, through slow emulation.
+    Raises UserError for fp16 on a CPU, and for tf32 on a device without it.
     """
     name, _, capability = describe(device)
-    if capability is None and wanted in ("fp16", "tf32"):
-        raise UserError(f"training.precision = '{wanted}' needs a GPU; on a CPU use fp32 or bf16")
-    if wanted == "tf32" and capability is not None and capability < _AMPERE:
+    if capability is None:
+        if requested in ("fp16", "tf32"):
+            raise UserError(
+                f"training.precision = '{requested}' needs a GPU; on a CPU use fp32 or bf16"
+            )
+        return "fp32" if requested == "auto" else requested
+    if requested == "tf32" and capability < _AMPERE:
         has = ".".join(map(str, capability))
         raise UserError(
             "training.precision = 'tf32' needs a GPU of compute capability 8.0 or more (A100 and later), and"
             f" {name} has {has}; use fp16 or fp32"
         )
-    if wanted != "auto":
-        return wanted
-    if capability is None:
-        return "fp32"
+    if requested != "auto":
+        return requested
     return "bf16" if capability >= _AMPERE else "fp16"
 
 
-def resolve_to_measure(wanted: str, device: torch.device) -> str:
-    """Returns the same, but fp32 on a device that lacks what the run was trained in, as a CPU lacks fp16."""
+def resolve_to_measure(requested: str, device: torch.device) -> str:
+    """Returns the same, but fp32 on a device without the run's precision, as a CPU lacks fp16."""
     try:
-        return resolve(wanted, device)
+        return resolve(requested, device)
     except UserError:
         return "fp32"
 
@@ -58,31 +60,31 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def overflow(gradients: list[Tensor], parts: int = 1) -> None:
-    """Makes inf what is beyond fp16 in fp32 gradients, so that the loss scaler skips this update.
+    """Turns fp32 gradients beyond fp16's range into inf, so that the loss scaler skips this update.
 
     gradients: summed over the ranks, still scaled, and divided by `parts`. On one rank fp16 itself overflows
-    there; of many ranks each has a smaller sum, and would make an update that one rank skips.
+    at this point; each of many ranks has a smaller sum, and would make an update that one rank skips.
     """
-    # fp32 ends at 2^128, fp16 at 2^16. Numbers that are smaller come back as they were.
+    # fp32 ends at 2^128, fp16 at 2^16. Smaller numbers come back unchanged.
     factor = 2.0**112 * parts
     torch._foreach_mul_(gradients, factor)
     torch._foreach_mul_(gradients, 1 / factor)
 
 
 def before_cuda(training: Training) -> None:
-    """Sets what cuBLAS reads only once. Called before this process uses a GPU."""
+    """Sets the variable that cuBLAS reads only once; called before this process uses a GPU."""
     if training.deterministic:
         # With a workspace of fixed size cuBLAS adds up in one order ("Results reproducibility" in its manual).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def establish(training: Training, device: torch.device, measures: bool = False) -> str:
-    """Sets PyTorch's switches for this process as the experiment says; returns the resolved precision.
+    """Sets PyTorch's switches for this process as the experiment requires; returns the resolved precision.
 
-    What runs outside of autocast, as drawing and most measures do, is fp32 on every GPU unless tf32 was chosen:
+    Outside of autocast, as in drawing and most measures, everything is fp32 on every GPU unless tf32 was chosen:
     by default PyTorch would use TF32 in convolutions alone, and numbers would depend on the GPU's generation.
-    measures: for an evaluation, whose precision is resolve_to_measure's, and in which an operation that has no
-    deterministic form is reported instead of refused.
+    measures: for an evaluation, which uses resolve_to_measure, and warns of an operation without a deterministic
+    form instead of refusing it.
     """
     precision = (resolve_to_measure if measures else resolve)(training.precision, device)
     before_cuda(training)
@@ -90,6 +92,6 @@ def establish(training: Training, device: torch.device, measures: bool = False) 
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.use_deterministic_algorithms(training.deterministic, warn_only=measures)
     torch.backends.cudnn.deterministic = training.deterministic
-    # Tries cuDNN's algorithms for each new shape and keeps the fastest: which one that is depends on the moment.
+    # Keeps the fastest of cuDNN's algorithms for each new shape, which depends on the moment.
     torch.backends.cudnn.benchmark = not training.deterministic and device.type == "cuda"
     return precision

@@ -1,4 +1,4 @@
-"""What every backbone offers: an encoder to the moments of q(z|x,c) and a decoder to raw pixels."""
+"""The interface of a backbone: an encoder to the moments of q(z|x,c) and a decoder to raw pixels."""
 
 from typing import NamedTuple, Protocol
 
@@ -20,14 +20,14 @@ class Encoder(Protocol):
     """(latent_dim,), or (latent_dim, h, w) for a spatial latent."""
 
     def __call__(self, images: Tensor, condition: Tensor | None) -> Moments:
-        """Images (B, C, H, W) in [0, 1] and condition (B, condition_dim) → moments of q(z|x,c)."""
+        """Returns the moments of q(z|x,c) for images (B, C, H, W) in [0, 1] and condition (B, condition_dim)."""
         ...
 
 
 class Decoder(Protocol):
     def __call__(self, latent: Tensor, condition: Tensor | None) -> Tensor:
-        """z (B, *latent_shape) and condition (B, condition_dim) → raw output (B, C, H, W).
+        """Returns the raw output (B, C, H, W) for z (B, *latent_shape) and condition (B, condition_dim).
 
-        Logits; of ldm an image in [−1, 1].
+        It is logits; for ldm, an image in [−1, 1].
         """
         ...

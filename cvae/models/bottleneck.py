@@ -1,4 +1,4 @@
-"""Where feature maps become a latent and back: a vector, or a map of their own height and width."""
+"""Turns feature maps into a latent and back: into a vector, or a map of their own height and width."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from cvae.models.fusion import build_fusion
 
 
 class ToMoments(nn.Module):
-    """The encoder's last feature map and the condition → μ, log σ²."""
+    """Maps the encoder's last feature map and the condition to μ and log σ²."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class ToMoments(nn.Module):
 
 
 class FromLatent(nn.Module):
-    """Latent and condition → the decoder's first feature map."""
+    """Maps latent and condition to the decoder's first feature map."""
 
     def __init__(
         self,

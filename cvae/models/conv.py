@@ -12,12 +12,12 @@ STAGES = 4
 
 
 def stage_widths(width: int) -> list[int]:
-    """Channels of each stage: every stage halves height and width and doubles the channels."""
+    """Returns the channels of each stage: every stage halves height and width and doubles the channels."""
     return [width * 2**stage for stage in range(STAGES)]
 
 
 class ConvEncoder(nn.Module):
-    """Four convolutions (kernel 4, stride 2), each doubling the channels, then condition → μ, log σ²."""
+    """Four convolutions (kernel 4, stride 2), each doubling the channels, then the head to μ and log σ²."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
@@ -41,7 +41,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latent and condition → linear → four transposed convolutions, each halving the channels."""
+    """The head from the latent, then four transposed convolutions, each halving the channels."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()

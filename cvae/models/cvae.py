@@ -1,4 +1,4 @@
-"""The one conditional variational autoencoder that every backbone, fusion and likelihood is a part of."""
+"""The conditional variational autoencoder, built from a backbone, a fusion, a likelihood and a prior."""
 
 import importlib
 import math
@@ -19,7 +19,7 @@ class Elbo(NamedTuple):
     recon_loss: Tensor
     kl: Tensor
     kl_penalty: Tensor
-    """What beta weighs: kl, each latent dimension's share of it raised to free_bits."""
+    """The term that beta weighs: kl with each latent dimension's share raised to free_bits."""
 
 
 class Cvae(nn.Module):
@@ -29,12 +29,12 @@ class Cvae(nn.Module):
     condition_std: Tensor
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
-        """shape: channels, height, width of an image. condition_dim: 0 where model.condition is none."""
+        """shape: channels, height, width of an image. condition_dim: 0 if model.condition is none."""
         super().__init__()
         self.shape, self.condition_dim = shape, condition_dim
         self.beta, self.free_bits = model.beta, model.free_bits
         self.likelihood = LIKELIHOODS[model.likelihood](signed_output=model.backbone == "ldm")
-        # Saved with the weights: whoever loads them conditions as the training did.
+        # Saved with the weights, so that a loaded model conditions as it did in training.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
         # A backbone is the module of its name. It is imported only if it is used: diffusers takes seconds.
@@ -44,7 +44,7 @@ class Cvae(nn.Module):
         self.prior: Prior = PRIORS[model.prior](condition_dim, self.latent_shape)
 
     def forward(self, images: Tensor, condition: Tensor | None, noise: Tensor) -> Elbo:
-        """The parts of −ELBO for a batch, with one draw of z per image.
+        """Returns the parts of −ELBO for a batch, with one draw of z per image.
 
         images: (B, C, H, W) uint8. condition: (B, condition_dim) or None. noise: (B, *latent_shape),
         standard normal; z = μ + σ·noise (Kingma & Welling 2014, section 2.4).
@@ -61,11 +61,11 @@ class Cvae(nn.Module):
     def log_weights(
         self, images: Tensor, observed: Tensor, condition: Tensor | None, noise: Tensor
     ) -> Tensor:
-        """log p(x|z,c) p(z|c) / q(z|y,c) of K draws of z for each of B images, (K, B), fp64, in nats.
+        """Returns log p(x|z,c) p(z|c) / q(z|y,c) of K draws of z for each of B images, (K, B) fp64, in nats.
 
-        images: y, what the posterior is told, (B, C, H, W) uint8. observed: x, whose likelihood it is, alike;
-        where the likelihood is binary its pixels are 0 or 255. Whatever the posterior is told, weights average to
-        p(x|c) (Burda et al. 2016, eq. 8). noise: (K, B, *latent_shape).
+        images: y, the posterior's input, (B, C, H, W) uint8. observed: x, whose likelihood it is, alike; for a
+        binary likelihood its pixels are 0 or 255. Whatever y is, the weights average to p(x|c) (Burda et al. 2016,
+        eq. 8). noise: (K, B, *latent_shape).
         """
         condition = self._standardized(condition)
         moments = self._moments(to_unit(images), condition)
@@ -82,20 +82,20 @@ class Cvae(nn.Module):
         return (self.prior.log_prob(z, c) - nll - posterior).reshape(n_draws, -1)
 
     def draw_latent(self, noise: Tensor, condition: Tensor | None) -> Tensor:
-        """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
+        """Returns z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
         return self.prior.draw(noise, self._standardized(condition))
 
     def encode(self, target: Tensor, condition: Tensor | None) -> Moments:
-        """Moments of q(z|x,c) in fp32, for images (B, C, H, W) in [0, 1]."""
+        """Returns the moments of q(z|x,c) in fp32, for images (B, C, H, W) in [0, 1]."""
         return self._moments(target, self._standardized(condition))
 
     def decode(self, latent: Tensor, condition: Tensor | None) -> Tensor:
-        """Mean images (B, C, H, W) in [0, 1] for z (B, *latent_shape)."""
+        """Returns mean images (B, C, H, W) in [0, 1] for z (B, *latent_shape)."""
         output = self.decoder(latent, self._standardized(condition))
         return self.likelihood.mean(output).clamp(0, 1)
 
     def set_condition_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """From now on every condition vector c is used as (c − mean) / std; both (condition_dim,)."""
+        """Standardizes every condition vector c from now on as (c − mean) / std; both (condition_dim,)."""
         self.condition_mean.copy_(mean)
         self.condition_std.copy_(std)
 
@@ -108,11 +108,11 @@ class Cvae(nn.Module):
         return Moments(moments.mean.float(), moments.log_variance.float())
 
     def observe(self, mean_recon_loss: Tensor) -> None:
-        """Tells the likelihood how well the last global batch was reconstructed: mean recon_loss, ()."""
+        """Passes the last global batch's mean recon_loss, (), to the likelihood, which may adapt."""
         self.likelihood.observe(mean_recon_loss, math.prod(self.shape))
 
     def bits_per_dim(self, nats_per_image: float) -> float:
-        """−ELBO in bits per pixel and channel, the likelihood's constant included."""
+        """Returns −ELBO in bits per pixel and channel, the likelihood's constant included."""
         return (nats_per_image / math.prod(self.shape) + self.likelihood.nats_per_dim) / math.log(2)
 
     def n_parameters(self) -> int:
@@ -120,12 +120,12 @@ class Cvae(nn.Module):
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 → fp32 in [0, 1]; done on the device, so that a quarter of the bytes travel there."""
+    """Returns uint8 images as fp32 in [0, 1]; called on the device, to which a quarter of the bytes travel."""
     return images.float() / 255
 
 
 def build_model(model: experiment.Model, shape: ImageShape, condition_dim: int, seed: int) -> Cvae:
-    """A freshly initialised model; its weights are a function of the arguments alone."""
+    """Returns a freshly initialised model; its weights are a function of the arguments alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Cvae(model, shape, condition_dim)

@@ -1,4 +1,4 @@
-"""How the condition enters a backbone: one mechanism for encoder and decoder, one class a way."""
+"""The ways in which the condition enters a backbone, each a class used by encoder and decoder alike."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class Fusion(nn.Module):
-    """One side of a backbone, and what it is told. This one, without condition, is the plain VAE's.
+    """Fuses nothing: the plain VAE's, and the base class of all fusions.
 
-    A backbone calls `join` at its bottleneck (the features that become μ and log σ², or the latent that
-    becomes features) and `modulate` after every stage. A way of fusion answers to one of the two.
+    A backbone calls `join` at its bottleneck (on the features that become μ and log σ², or on the latent that
+    becomes features) and `modulate` after every stage. A fusion implements one of the two.
     """
 
     out_channels: int
-    """Channels, or features, that `join` returns."""
+    """The number of channels, or features, that `join` returns."""
 
     def __init__(self, bottleneck: Sequence[int], stages: Sequence[int], condition_dim: int):
         """bottleneck: shape (F,) or (F, h, w) of what is joined; stages: channels of each stage's maps."""
@@ -31,7 +31,7 @@ class Fusion(nn.Module):
 
 
 class Concat(Fusion):
-    """Features and condition side by side; beside a map, each of its numbers is a constant channel."""
+    """Concatenates features and condition; for a map, each of its numbers becomes a constant channel."""
 
     def __init__(self, bottleneck: Sequence[int], stages: Sequence[int], condition_dim: int):
         super().__init__(bottleneck, stages, condition_dim)
@@ -39,14 +39,14 @@ class Concat(Fusion):
 
     def join(self, features: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        beside = condition.to(features.dtype)
+        appended = condition.to(features.dtype)
         if features.dim() > 2:
-            beside = _over_maps(beside, features).expand(-1, -1, *features.shape[2:])
-        return torch.cat([features, beside], dim=1)
+            appended = _over_maps(appended, features).expand(-1, -1, *features.shape[2:])
+        return torch.cat([features, appended], dim=1)
 
 
 class Add(Fusion):
-    """The condition, projected to the features' shape (a vector or a map), is added to them."""
+    """Adds the condition, projected to the features' shape (a vector or a map)."""
 
     def __init__(self, bottleneck: Sequence[int], stages: Sequence[int], condition_dim: int):
         super().__init__(bottleneck, stages, condition_dim)
@@ -58,9 +58,9 @@ class Add(Fusion):
 
 
 class Film(Fusion):
-    """A scale 1 + γ(c) and shift β(c) of every channel of every stage (Perez et al. 2018, eq. 1 and 2).
+    """Scales every channel of every stage by 1 + γ(c) and shifts it by β(c) (Perez et al. 2018, eq. 1 and 2).
 
-    γ and β start at zero: at first the text says nothing.
+    γ and β start at zero: at first the text has no effect.
     """
 
     def __init__(self, bottleneck: Sequence[int], stages: Sequence[int], condition_dim: int):
@@ -82,11 +82,11 @@ FUSIONS: dict[str, type[Fusion]] = {"concat": Concat, "add": Add, "film": Film}
 def build_fusion(
     name: str, bottleneck: Sequence[int], stages: Sequence[int], condition_dim: int
 ) -> Fusion:
-    """condition_dim: size of the condition vector; 0 stands for none."""
+    """Returns the fusion of that name; Fusion itself for condition_dim 0, which stands for no condition."""
     kind = FUSIONS[name] if condition_dim else Fusion
     return kind(bottleneck, stages, condition_dim)
 
 
 def _over_maps(vectors: Tensor, maps: Tensor) -> Tensor:
-    """(B, C) → (B, C, 1, …), with as many dimensions as `maps`."""
+    """Returns vectors (B, C) as (B, C, 1, …), with as many dimensions as `maps`."""
     return vectors.reshape(*vectors.shape, *[1] * (maps.dim() - 2))

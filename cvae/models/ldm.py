@@ -12,12 +12,12 @@ from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.bottleneck import FromLatent, ToMoments
 
-# A vector latent passes through a map of as many channels as Stable Diffusion's latent has.
+# A vector latent passes through a map with the number of channels of Stable Diffusion's latent.
 _MAP_CHANNELS = 4
 
 
 class _Side(nn.Module):
-    """What encoder and decoder share: how a block is run."""
+    """Runs the blocks of encoder and decoder, with gradient checkpointing if it is switched on."""
 
     def __init__(self, model: experiment.Model):
         super().__init__()
@@ -31,7 +31,7 @@ class _Side(nn.Module):
 
 
 class LdmEncoder(_Side):
-    """ResNet blocks and mid attention, then condition → μ, log σ²; images are centred as published."""
+    """ResNet blocks and mid attention, then the head to μ and log σ²; images are centred as published."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__(model)
@@ -60,7 +60,7 @@ class LdmEncoder(_Side):
 
 
 class LdmDecoder(_Side):
-    """Latent and condition → mid attention and ResNet blocks → an image in [−1, 1], not clamped."""
+    """The head from the latent, mid attention and ResNet blocks; an image in [−1, 1], not clamped."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__(model)
@@ -75,7 +75,7 @@ class LdmDecoder(_Side):
         size = (height >> model.halvings, breadth >> model.halvings)
         self.post_quant_conv: nn.Module = nn.Identity()
         if model.is_spatial:
-            # The text joins the latent between these two, and so takes part in a full convolution.
+            # The text joins the latent between the two convolutions, and so passes through a full one.
             self.post_quant_conv = nn.Conv2d(model.latent_dim, model.latent_dim, kernel_size=1)
             self.head = FromLatent(model, (widths[0], *size), widths, condition_dim)
             self.body.conv_in = nn.Identity()

@@ -1,4 +1,4 @@
-"""p(x | z, c): what the decoder's output means and what a reconstruction costs."""
+"""p(x|z,c): turns the decoder's output into a loss and into an image."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# −log N(x; m, σ²) has ½ log 2πσ² a dimension; and a pixel is one of 256 levels, each 1/255 wide.
+# −log N(x; m, σ²) has ½ log 2πσ² per dimension, σ² = ½; and a pixel is one of 256 levels, each 1/255 wide.
 _GAUSSIAN_NATS_PER_DIM = 0.5 * math.log(math.pi) + math.log(255)
 
 
@@ -15,45 +15,45 @@ class Likelihood(nn.Module, ABC):
     """Turns the decoder's raw output into a loss in nats and into an image."""
 
     nats_per_dim = 0.0
-    """Constant that recon_loss leaves out, in nats per pixel and channel (for bits per dimension)."""
+    """The constant that recon_loss omits, in nats per pixel and channel (for bits per dimension)."""
     is_adaptive = False
-    """Whether `observe` wants to be told."""
+    """Whether `observe` must be called after every step."""
+
+    is_binary = False
+    """Whether `nll` takes images whose pixels are 0 or 255."""
 
     def __init__(self, signed_output: bool = False):
-        """signed_output: the decoder's output is an image in [−1, 1] by itself, not a sigmoid's logits."""
+        """signed_output: the decoder's output is an image in [−1, 1] itself, not a sigmoid's logits."""
         super().__init__()
         self.signed_output = signed_output
 
-    is_binary = False
-    """Whether `nll` is of images whose pixels are 0 or 255."""
-
     @abstractmethod
     def nll(self, output: Tensor, images: Tensor) -> Tensor:
-        """−log P(x|z,c), a true probability of levels, in nats: (B, C, H, W), and uint8 alike → (B,) fp64."""
+        """Returns −log P(x|z,c), a probability of levels, in nats, (B,) fp64; both (B, C, H, W), images uint8."""
 
     @abstractmethod
     def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """−log p(x|z,c) without constants, in nats: (B, C, H, W) twice, target in [0, 1] → (B,)."""
+        """Returns −log p(x|z,c) without constants, in nats, (B,); both (B, C, H, W), target in [0, 1]."""
 
     def mean(self, output: Tensor) -> Tensor:
-        """The mean image of the decoder's output, same shape, in [0, 1] or about there."""
+        """Returns the mean image of the decoder's output, same shape, in [0, 1] or nearly so."""
         return (output.float() + 1) / 2 if self.signed_output else output.float().sigmoid()
 
     def observe(self, mean_recon_loss: Tensor, dims: int) -> None:
-        """After a step: recon_loss, mean over the whole global batch, () ; dims: C·H·W."""
+        """Learns from a step. mean_recon_loss: over the whole global batch, (); dims: C·H·W."""
 
 
 class Bernoulli(Likelihood):
     """Binary cross-entropy of grey values, summed over pixels (Kingma & Welling 2014, appendix C.1).
 
-    For grey pixels it is the usual loss and not a density; bits per dimension are nominal then. The output
+    For grey pixels it is the usual loss and not a density, and bits per dimension are nominal. The output
     is always logits.
     """
 
     is_binary = True
 
     def nll(self, output: Tensor, images: Tensor) -> Tensor:
-        """Of binary images, pixels 0 or 255: there the loss is the probability's."""
+        """Takes binary images (pixels 0 or 255), for which the loss is a probability."""
         return self.recon_loss(output, images.float() / 255).double()
 
     def recon_loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """Squared error summed over pixels: a Gaussian of variance 1/2 around the mean (the paper's loss)."""
+    """Squared error summed over pixels: a Gaussian of variance 1/2 (the paper's loss)."""
 
     nats_per_dim = _GAUSSIAN_NATS_PER_DIM
 
@@ -80,7 +80,7 @@ class Gaussian(Likelihood):
 class OptimalGaussian(Likelihood):
     """A Gaussian whose one variance σ² is the mean squared error (the optimal σ-VAE, Rybkin et al. 2021).
 
-    The paper takes σ² of the very batch; that needs every rank's error before any gradient. Here it is a
+    That paper takes σ² from the batch itself, which needs every rank's error before any gradient. Here it is a
     running mean over the last steps' global batches, saved with the weights: the same on any number of
     ranks, and one proper likelihood for every image of an evaluation.
     """
@@ -114,7 +114,7 @@ class OptimalGaussian(Likelihood):
 
 
 def discretised_gaussian(mean: Tensor, std: float, images: Tensor) -> Tensor:
-    """−log of the probability of levels 0 to 255 under N(mean, std²) in [0, 1], in nats: twice (B, …) → (B,) fp64.
+    """Returns −log P of levels 0 to 255 under N(mean, std²) in [0, 1], in nats, (B,) fp64; mean, images: (B, …).
 
     A level is the interval of width 1/255 around it; the outermost ones have the tails (as the discretised
     logistic of Salimans et al. 2017, PixelCNN++, section 2.1).
@@ -123,7 +123,7 @@ def discretised_gaussian(mean: Tensor, std: float, images: Tensor) -> Tensor:
     half = 0.5 / 255 / std
     low = torch.where(images == 0, -math.inf, centre - half)
     high = torch.where(images == 255, math.inf, centre + half)
-    # Of two normal probabilities near 1 the difference would be lost: the other tail has it whole.
+    # The difference of two probabilities near 1 would be lost in rounding: the other tail keeps it.
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)

@@ -10,7 +10,7 @@ from cvae.models.fusion import build_fusion
 
 
 class MlpEncoder(nn.Module):
-    """Pixels and condition → hidden layer → μ, log σ²."""
+    """Maps pixels and condition through a hidden layer to μ and log σ²."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
@@ -28,7 +28,7 @@ class MlpEncoder(nn.Module):
 
 
 class MlpDecoder(nn.Module):
-    """Latent and condition → hidden layer → pixels."""
+    """Maps latent and condition through a hidden layer to pixels."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""p(z | c): what the posterior is drawn to, and what is drawn from."""
+"""p(z|c): the prior, which the KL term pulls the posterior to and new latents are drawn from."""
 
 import math
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ _HIDDEN = 512
 
 class Prior(Protocol):
     def kl(self, posterior: Moments, condition: Tensor | None) -> Tensor:
-        """KL(q(z|x,c) || p(z|c)) of each latent dimension in nats, (B, *latent_shape), fp32."""
+        """Returns KL(q(z|x,c) || p(z|c)) of each latent dimension in nats, (B, *latent_shape), fp32."""
         ...
 
     def draw(self, noise: Tensor, condition: Tensor | None) -> Tensor:
-        """z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
+        """Returns z ~ p(z|c), (B, *latent_shape), from standard normal noise of that shape."""
         ...
 
     def log_prob(self, latent: Tensor, condition: Tensor | None) -> Tensor:
-        """log p(z|c) in nats, (B,) fp64, of z (B, *latent_shape)."""
+        """Returns log p(z|c) in nats, (B,) fp64, of z (B, *latent_shape)."""
         ...
 
 
 class StandardPrior(nn.Module):
-    """N(0, I) (Kingma & Welling 2014); the text plays no part."""
+    """N(0, I) (Kingma & Welling 2014), whatever the condition."""
 
     def __init__(self, condition_dim: int, latent_shape: Sequence[int]):
         super().__init__()
@@ -59,7 +59,7 @@ class TextPrior(nn.Module):
         self.moments = nn.Sequential(nn.Linear(condition_dim, _HIDDEN), nn.SiLU(), last)
 
     def forward(self, condition: Tensor) -> Moments:
-        """(B, condition_dim) → two of (B, *latent_shape), fp32."""
+        """Returns the prior's moments, (B, *latent_shape) fp32 each, for a condition (B, condition_dim)."""
         mean, log_variance = self.moments(condition).float().chunk(2, dim=1)
         shape = (-1, *self.latent_shape)
         return Moments(mean.reshape(shape), log_variance.reshape(shape))
@@ -86,7 +86,7 @@ class TextPrior(nn.Module):
 
 
 def normal_log_prob(values: Tensor) -> Tensor:
-    """log N(x; 0, I) in nats, (B,) fp64, of x (B, …)."""
+    """Returns log N(x; 0, I) in nats, (B,) fp64, of x (B, …)."""
     flat = values.flatten(1)
     return -0.5 * (
         flat.square().sum(1, dtype=torch.float64) + flat.shape[1] * math.log(2 * math.pi)

@@ -1,4 +1,4 @@
-"""model.init_from: an ldm model starts from the weights of a published AutoencoderKL."""
+"""Starts an ldm model from the weights of a published AutoencoderKL (model.init_from)."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from cvae.hub import model_folder
 from cvae.models.cvae import Cvae
 
 _FILES = _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-# Where each part of AutoencoderKL is in ours; the first that fits counts.
+# AutoencoderKL's parts and ours; the first prefix that fits counts.
 _PLACES = {
     "decoder.conv_in": "decoder.head.project",
     "post_quant_conv": "decoder.post_quant_conv",
@@ -23,9 +23,9 @@ _PLACES = {
 
 
 def load_published(model: Cvae, settings: experiment.Model, source: str) -> None:
-    """Copies AutoencoderKL's weights into a spatial ldm model; at first the text then says nothing.
+    """Copies AutoencoderKL's weights into a spatial ldm model; at first the text then has no effect.
 
-    Raises UserError as published_folder does, and where the weights are damaged.
+    Raises UserError as published_folder does, and if the weights are damaged.
     """
     from diffusers import AutoencoderKL
 
@@ -36,7 +36,7 @@ def load_published(model: Cvae, settings: experiment.Model, source: str) -> None
         )
     except Exception as error:  # diffusers, safetensors and torch each have their own family
         raise _unreadable(source, folder, error) from None
-    # What the file lacks, diffusers draws at random.
+    # diffusers draws weights that the file lacks at random.
     lacking = sorted(loading["missing_keys"])
     odd = [name for name, value in published.state_dict().items() if not value.isfinite().all()]
     for names, reason in ((lacking, "is missing"), (odd, "has values that are not finite")):
@@ -58,10 +58,10 @@ def load_published(model: Cvae, settings: experiment.Model, source: str) -> None
 
 
 def published_folder(settings: experiment.Model, channels: int, source: str) -> Path:
-    """Where the files of an AutoencoderKL are whose sizes are those of `settings`; fetched if need be.
+    """Returns the folder of an AutoencoderKL with the sizes of `settings`, fetching it if need be.
 
-    source: a folder as save_pretrained writes it (or one with such a folder vae/ in it), or a name on the
-    Hugging Face hub. channels: of an image. Raises UserError where it cannot be had or does not fit.
+    source: a folder that save_pretrained has written (or one with such a folder vae/ in it), or a name on the
+    Hugging Face hub. channels: of an image. Raises UserError if it cannot be fetched or does not fit.
     """
     from diffusers import AutoencoderKL
     from diffusers.utils import logging
@@ -102,24 +102,21 @@ def _unreadable(source: str, folder: Path, error: Exception) -> UserError:
 
 
 def _check_sizes(published: Any, settings: experiment.Model, channels: int, where: str) -> None:
-    ours = {
-        "model.ldm.block_out_channels": list(settings.ldm.block_out_channels),
-        "model.ldm.layers_per_block": settings.ldm.layers_per_block,
-        "model.ldm.norm_num_groups": settings.ldm.norm_num_groups,
-        "model.latent_dim": settings.latent_dim,
-        "channels of an image": channels,
-    }
-    theirs = {
-        "model.ldm.block_out_channels": list(published.block_out_channels),
-        "model.ldm.layers_per_block": published.layers_per_block,
-        "model.ldm.norm_num_groups": published.norm_num_groups,
-        "model.latent_dim": published.latent_channels,
-        "channels of an image": published.in_channels,
+    ldm = settings.ldm
+    sizes = {
+        "model.ldm.block_out_channels": (
+            list(published.block_out_channels),
+            list(ldm.block_out_channels),
+        ),
+        "model.ldm.layers_per_block": (published.layers_per_block, ldm.layers_per_block),
+        "model.ldm.norm_num_groups": (published.norm_num_groups, ldm.norm_num_groups),
+        "model.latent_dim": (published.latent_channels, settings.latent_dim),
+        "channels of an image": (published.in_channels, channels),
     }
     differing = [
-        f"{key} = {theirs[key]} there and {ours[key]} here"
-        for key in ours
-        if ours[key] != theirs[key]
+        f"{key} = {theirs} there and {ours} here"
+        for key, (theirs, ours) in sizes.items()
+        if theirs != ours
     ]
     if differing:
         raise UserError(f"{where} does not fit: {'; '.join(differing)}")
@@ -133,7 +130,7 @@ def _place(name: str) -> str:
 
 
 def _identities(published: Any, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stands in for the 1×1 convolutions that newer autoencoders have dropped."""
+    """Returns identities in place of the 1×1 convolutions that newer autoencoders have dropped."""
     dropped = {
         "encoder.head.moments": not published.use_quant_conv,
         "decoder.post_quant_conv": not published.use_post_quant_conv,

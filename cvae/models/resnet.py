@@ -13,7 +13,7 @@ _CHANNELS_PER_GROUP = 16  # Wu & He 2018, table 3
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As many groups as there are with 16 channels or more each."""
+    """Returns a norm with the most groups of equal size that have 16 channels or more each."""
     groups = max(1, channels // _CHANNELS_PER_GROUP)
     return nn.GroupNorm(next(n for n in range(groups, 0, -1) if channels % n == 0), channels)
 
@@ -43,7 +43,7 @@ def _blocks(channels: int, count: int) -> nn.Sequential:
 
 
 class ResnetEncoder(nn.Module):
-    """Four stages, each a strided convolution and residual blocks, then condition → μ, log σ²."""
+    """Four stages, each a strided convolution and residual blocks, then the head to μ and log σ²."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()
@@ -71,7 +71,7 @@ class ResnetEncoder(nn.Module):
 
 
 class ResnetDecoder(nn.Module):
-    """The encoder's mirror: latent and condition → four stages of residual blocks and a doubling."""
+    """Mirrors the encoder: the head from the latent, then four stages of residual blocks and a doubling."""
 
     def __init__(self, model: experiment.Model, shape: ImageShape, condition_dim: int):
         super().__init__()

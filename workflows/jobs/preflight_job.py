@@ -20,7 +20,7 @@ from workflows.jobs.waiting import run_and_wait, waiting_text
 from workflows.terminal.formatting import aligned, table
 from workflows.terminal.live_display import Display
 
-ALONE = "cvae.preflight.inspection:alone"
+ALONE = "cvae.preflight.inspection:run_alone"
 PASSED, FAILED = 0, 1
 _SHORT_MIN = 10
 

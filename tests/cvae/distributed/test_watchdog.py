@@ -30,7 +30,7 @@ def test_only_steps_are_timed_and_slow_ones_are_allowed_for() -> None:
     assert dog._look(now + 2) is None
     alarm = dog._look(now + 4)
     assert alarm is not None
-    assert "no progress" in alarm.what
+    assert "no progress" in alarm.problem
     dog.rest()
     assert dog._look(now + 1000) is None, "an evaluation, a save"
 
@@ -56,7 +56,7 @@ def test_who_is_silent_or_behind_is_named() -> None:
     dog._others = {1: (now + 2, "9 7"), 2: (now + 4, "9 7")}
     alarm = dog._look(now + 4)
     assert alarm is not None
-    assert (alarm.rank, "silent" in alarm.what) == (1, True)
+    assert (alarm.rank, "silent" in alarm.problem) == (1, True)
     dog.rest()
     assert dog._look(now + 4) is None, "a silence shorter than the limit"
     dog._others = {1: (now, "bye"), 2: (now + 4, "9 7")}
