@@ -54,17 +54,12 @@ class AttemptEnd:
     """How an attempt ended and whether another follows; `reason` and `outlook` put that into words."""
 
     cause: Cause
-    node: str = ""
-    """The node that failed first; "" if unknown."""
-    rank: int | None = None
-    """The rank that failed first."""
-    signals: tuple[str, ...] = ()
-    """What killed that rank or made all ranks save, e.g. ("SIGKILL",)."""
-    exit_status: int | None = None
-    """Of that rank or, if no rank is known, of srun."""
+    node: str = ""  # the node that failed first; "" if unknown
+    rank: int | None = None  # the rank that failed first
+    signals: tuple[str, ...] = ()  # what killed that rank or made all ranks save, e.g. ("SIGKILL",)
+    exit_status: int | None = None  # of that rank or, if no rank is known, of srun
     out_of_memory: bool = False
-    saved: bool = False
-    """Whether the ranks saved their state because of the signals."""
+    saved: bool = False  # whether the ranks saved their state because of the signals
     message: str = ""
     """The exception of that rank, the reason that the function gave, or the complaint about setup."""
     slurm_state: str = ""
@@ -74,12 +69,9 @@ class AttemptEnd:
     restarts: bool = False
     requeue: Literal["", "asked", "accepted", "refused"] = ""
     """The state of the request to SLURM to requeue the job; "asked" if nobody lived to hear the answer."""
-    refusal: str = ""
-    """SLURM's answer if it refused."""
-    excluded: tuple[str, ...] = ()
-    """Nodes that the next attempt must not use."""
-    text: str = ""
-    """The reason as a sentence, in files that were written before the fields existed."""
+    refusal: str = ""  # SLURM's answer if it refused
+    excluded: tuple[str, ...] = ()  # nodes that the next attempt must not use
+    text: str = ""  # the reason as a sentence, in files that were written before the fields existed
 
     @property
     def reason(self) -> str:
@@ -143,14 +135,11 @@ def _with_end(raw: Any) -> Any:
 @dataclass(frozen=True)
 class Attempt:
     number: int
-    began: float
-    """Unix seconds, as `ended`."""
+    began: float  # unix seconds, as `ended`
     nodes: list[str]
     ended: float | None = None
-    end: AttemptEnd | None = None
-    """None while it runs, and if nobody was left to record the end."""
-    progress: str = ""
-    """The newest checkpoint at its end."""
+    end: AttemptEnd | None = None  # None while it runs, and if nobody was left to record the end
+    progress: str = ""  # the newest checkpoint at its end
 
     @property
     def cause(self) -> Cause | None:

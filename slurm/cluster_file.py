@@ -191,8 +191,7 @@ def split(nodes: int, gpus: int) -> Placement:
 class TimeLimit(NamedTuple):
     """How long a job may run, in minutes."""
 
-    requested: int | None = None
-    """By --time; it has precedence over the cluster file."""
+    requested: int | None = None  # By --time; it has precedence over the cluster file
     short: int | None = None
     """The most if nothing is requested: SLURM fills gaps with short jobs, and no user waits long."""
 

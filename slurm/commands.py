@@ -43,20 +43,16 @@ class NodeSize(NamedTuple):
     partition: str
     gpus: int
     cpus: int
-    time_limit_min: int | None
-    """That of the partition; None if it has none."""
+    time_limit_min: int | None  # that of the partition; None if it has none
 
 
 class JobState(NamedTuple):
     """The state of a job on SLURM or on this machine."""
 
     phase: Literal["queued", "running", "ended", "unknown"]
-    slurm_state: str
-    """As SLURM calls it, e.g. COMPLETED or TIMEOUT."""
-    reason: str = ""
-    """Why it waits, or where it runs."""
-    start: float | None = None
-    """When it started or is expected to; unix seconds."""
+    slurm_state: str  # as SLURM calls it, e.g. COMPLETED or TIMEOUT
+    reason: str = ""  # why it waits, or where it runs
+    start: float | None = None  # when it started or is expected to; unix seconds
 
     @property
     def alive(self) -> bool:

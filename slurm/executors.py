@@ -29,14 +29,11 @@ class Job(NamedTuple):
     """A function to be called once in every rank."""
 
     name: str
-    folder: Path
-    """For submitit's files and the ranks' logs; on a file system that all nodes share."""
-    target: str
-    """module:function; a name, so that neither the launcher nor a pickle need import it."""
+    folder: Path  # for submitit's files and the ranks' logs; on a file system that all nodes share
+    target: str  # module:function; a name, so that neither the launcher nor a pickle need import it
     arguments: tuple[Any, ...]
     env: Mapping[str, str]
-    supervision: Supervision | None = None
-    """None: it does not restart by itself."""
+    supervision: Supervision | None = None  # None: it does not restart by itself
     once_per_node: bool = False
     """Called once on every node, with all that is requested of the node, instead of once per GPU; a node that
     fails does not end the others."""

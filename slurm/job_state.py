@@ -28,25 +28,20 @@ class Submission(BaseModel):
     cluster: str
     executor: Literal["slurm", "local"]
     job_id: str = Field(pattern=r"^[0-9]+(-\w+)?$")
-    host: str
-    """Where it was submitted from; a local job also runs there."""
+    host: str  # where it was submitted from; a local job also runs there
     nodes: int
-    gpus: int
-    """The requested total; the world size if the machine has that many."""
+    gpus: int  # the requested total; the world size if the machine has that many
     world_size: int
     slurm_conf: str | None = None
-    machine: str = ""
-    """What a local job runs on, even if the host is renamed; "" in older files."""
+    machine: str = ""  # what a local job runs on, even if the host is renamed; "" in older files
     process_started: float = 0.0
     """When the controller of a local job was started, whose pid begins the job's id."""
     command: str = ""
-    journal_offset: int = Field(0, ge=0)
-    """Bytes of the journal before the submission."""
+    journal_offset: int = Field(0, ge=0)  # Bytes of the journal before the submission
     cancelled: float | None = None
     code: str | None = None
     """The snapshot of the code that it runs, as a folder's name under the run's code/."""
-    folder: str = ""
-    """That of its run or sweep; "" in older files."""
+    folder: str = ""  # that of its run or sweep; "" in older files
     copied: bool = False
     """It was found in a copy of that folder: what happens to the copy must not affect the job."""
 
@@ -84,27 +79,32 @@ def found_in(folder: Path, submissions: list[Submission]) -> list[Submission]:
 
 def look(submission: Submission) -> JobState:
     """Returns the job's state; its phase is "unknown" if that cannot be found out from here."""
-    if submission.copied:
-        return _JOB_OF_THE_ORIGINAL
-    if submission.executor == "slurm":
-        return Slurm(submission.slurm_conf).job(submission.job_id)
+    return look_at_all([submission])[0]
+
+
+def look_at_all(submissions: Sequence[Submission]) -> list[JobState]:
+    """Returns the states of many jobs with one query of each SLURM. See look()."""
+    ids: dict[str | None, dict[str, None]] = {}
+    for one in submissions:
+        if one.executor == "slurm" and not one.copied:
+            ids.setdefault(one.slurm_conf, {})[one.job_id] = None
+    states = {conf: Slurm(conf).jobs(list(ids[conf])) for conf in ids}
+
+    def state(one: Submission) -> JobState:
+        if one.copied:
+            return _JOB_OF_THE_ORIGINAL
+        if one.executor == "slurm":
+            return states[one.slurm_conf][one.job_id]
+        return _look_here(one)
+
+    return [state(one) for one in submissions]
+
+
+def _look_here(submission: Submission) -> JobState:
     is_here = submission.machine and submission.machine == this_machine()
     if is_here or submission.host == socket.gethostname():
         return local_jobs.look(submission.pid, submission.process_started)
     return JobState("unknown", "UNKNOWN", f"it was started on {submission.host}, which is not here")
-
-
-def look_at_all(submissions: Sequence[Submission]) -> list[JobState]:
-    """Returns the states of many jobs with one query of each SLURM."""
-    ids: dict[str | None, list[str]] = {}
-    for one in submissions:
-        if one.executor == "slurm" and not one.copied:
-            ids.setdefault(one.slurm_conf, []).append(one.job_id)
-    states = {conf: Slurm(conf).jobs(list(dict.fromkeys(ids[conf]))) for conf in ids}
-    return [
-        look(one) if one.executor == "local" or one.copied else states[one.slurm_conf][one.job_id]
-        for one in submissions
-    ]
 
 
 def requeue_warning(submission: Submission) -> str | None:

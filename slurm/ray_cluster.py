@@ -51,8 +51,7 @@ _log = logging.getLogger(__name__)
 class ClusterResult(NamedTuple):
     """How a call of run() on the first node ended."""
 
-    status: str
-    """finished | failed | stopped (by a signal)."""
+    status: str  # finished | failed | stopped (by a signal)
     reason: str
     signals: tuple[str, ...] = ()
 

@@ -20,8 +20,7 @@ class Supervision(NamedTuple):
 
     progress: str
     """A glob; its last match in order changes whenever the job has got further (its newest checkpoint)."""
-    on_failure: str = ""
-    """module:function, called as function(argument, reason, message, restarts)."""
+    on_failure: str = ""  # module:function, called as function(argument, reason, message, restarts)
     argument: str = ""
 
 

@@ -4,7 +4,6 @@ After a failure, at the time limit, and after a preemption that is only a signal
 job. A requeued job keeps its id, so everything that is known about it stays valid.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -191,17 +190,11 @@ def requeue(slurm: Slurm, job_id: str) -> str:
 
 def hold_off(slurm: Slurm, job_id: str, excluded: list[str], pause_s: float) -> None:
     """Keeps a job that was just requeued off the excluded nodes, and from starting before pause_s have passed."""
-    if not excluded and not pause_s:
-        return None
-    deadline = time.monotonic() + _UPDATE_PATIENCE_S
-    while True:
+    if excluded or pause_s:
         try:
-            return slurm.hold_off(job_id, excluded, pause_s)
+            patiently(lambda: slurm.hold_off(job_id, excluded, pause_s), _UPDATE_PATIENCE_S)
         except SlurmError as error:
-            if error.is_final or time.monotonic() > deadline:
-                _log.warning("its next start cannot be put off: %s", error)
-                return None
-            time.sleep(0.3)
+            _log.warning("its next start cannot be put off: %s", error)
 
 
 def nodes_to_exclude(slurm: Slurm, earlier: list[Attempt]) -> list[str]:
@@ -225,59 +218,46 @@ def script_lines(
     folder: Path, supervision: Supervision, max_restarts: int
 ) -> tuple[list[str], list[str]]:
     """Returns the lines of the batch script before srun and after it."""
-    common = [sys.executable, "-m", "slurm.supervisor"]
-    tail = [str(folder), json.dumps(supervision), str(max_restarts)]
+    arguments = [str(folder), json.dumps(supervision), str(max_restarts)]
     begin, watching, end = (
-        shlex.join([*common, action, *tail]) for action in ("begin", "watch", "end")
+        shlex.join([sys.executable, "-m", "slurm.supervisor", action, *arguments])
+        for action in ("begin", "watch", "end")
     )
-    return (
-        [
-            begin,
-            "begun=$?",
-            f"[ $begun -ne {NOT_HERE} ] || exit 0",
-            f"[ $begun -ne {GIVEN_UP} ] || exit 1",
-            # When the script ends, SLURM kills its background at once.
-            "trap : TERM",
-            f"{watching} &",
-            "watcher=$!",
-            "disown",
-        ],
-        # Requeueing sends SIGTERM while something is still to be written.
-        [
-            "status=$?",
-            "trap '' TERM",
-            f'{end} --status "$status"',
-            'kill -KILL "$watcher"',
-            'exit "$status"',
-        ],
-    )
+    before = [
+        begin,
+        "begun=$?",
+        f"[ $begun -ne {NOT_HERE} ] || exit 0",
+        f"[ $begun -ne {GIVEN_UP} ] || exit 1",
+        # When the script ends, SLURM kills its background at once.
+        "trap : TERM",
+        f"{watching} &",
+        "watcher=$!",
+        "disown",
+    ]
+    # Requeueing sends SIGTERM while something is still to be written.
+    after = ["status=$?", "trap '' TERM", f'{end} "$status"']
+    return before, [*after, 'kill -KILL "$watcher"', 'exit "$status"']
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["begin", "watch", "end"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("supervision", type=lambda text: Supervision(*json.loads(text)))
-    parser.add_argument("max_restarts", type=int)
-    parser.add_argument("--status", type=int, default=0)
-    options = parser.parse_args()
+def main(action: str, folder: str, supervision: str, max_restarts: str, status: str = "0") -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
     def open_log() -> AttemptLog:
+        supervised = Supervision(*json.loads(supervision))
         job_id = os.environ["SLURM_JOB_ID"]
-        return AttemptLog(options.folder, job_id, options.supervision, options.max_restarts)
+        return AttemptLog(Path(folder), job_id, supervised, int(max_restarts))
 
-    if options.action == "begin":
+    if action == "begin":
         # A requeue that it asks for ends the script, while there is still something to write.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return before(open_log())
-    if options.action == "watch":
+    if action == "watch":
         watch(open_log)
-    after(open_log(), options.status)
+    after(open_log(), int(status))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -81,7 +81,7 @@ def locate(
                 f"\n{count(requested.world_size, 'rank')} requested, {placement.world_size:,} available;"
                 " the result does not depend on it"
             )
-        unused = "; --time has no effect here" if time.asked else ""
+        unused = "; --time has no effect here" if time.requested else ""
         where = f"this machine ({place.why}); {device}{unused}"
         return place, placement, [("where", where), ("ranks", ranks)]
     if dry and not place.config.slurm().answers():
