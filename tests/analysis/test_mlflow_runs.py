@@ -78,7 +78,7 @@ def test_without_mlflow_the_folders_here_are_shown(
 ) -> None:
     make("one", [9.0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with pytest.warns(UserWarning, match="does not answer.*the run folders here are all"):
+    with pytest.warns(UserWarning, match="does not answer.*only the run folders here"):
         assert analysis.runs("tiny").index.tolist() == ["one"]
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer"):
         analysis.runs("tiny", source="mlflow")
