@@ -46,10 +46,11 @@ def make_run_on_other_data() -> RunDirectory:
 
 def save_weights(run: RunDirectory, weights: dict[str, Tensor], step: int, part: str = "") -> None:
     """Saves a best checkpoint; part "ema": these weights as averaged ones, beside zeros."""
-    tensors = {"model": weights}
+    # A checkpoint without the optimizer's part is damaged.
+    tensors: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": {}}
     if part == "ema":
         zeros = {name: tensor * 0 for name, tensor in weights.items()}
-        tensors = {"model": zeros, "ema": weights}
+        tensors |= {"model": zeros, "ema": weights}
     checkpoint.save(
         run.checkpoints, checkpoint.TrainingState(tensors, {"step": step}), 3, best=True
     )
