@@ -1,4 +1,4 @@
-"""Runs: list, look at, follow, stop and continue them. RUN is a run's name, its folder, or `latest`."""
+"""Lists runs, shows, follows, stops and continues them. RUN is a run's name, its folder, or `latest`."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cvae import command_line
-from cvae.command_line import Parser, positive
+from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.directory import RunDirectory, all_runs
@@ -18,10 +18,11 @@ from slurm import cluster_file, job_state
 from slurm.attempts import log_file
 from workflows.jobs.checkpoint_notice import grace_fact, measured_save_s
 from workflows.jobs.follow import follow
-from workflows.jobs.job_options import add_time
+from workflows.jobs.job_options import add_job_options
 from workflows.jobs.plan import locate
+from workflows.jobs.run_facts import code_text
 from workflows.jobs.run_state import last_submission, run_state
-from workflows.jobs.submission import code_fact, note_cancelled, submit
+from workflows.jobs.submission import note_cancelled, submit
 from workflows.listing.run_view import list_text, show_text
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory
@@ -41,27 +42,20 @@ def parser() -> Parser:
             command.add_argument("run", metavar="RUN", help="name, folder, or latest")
         return command
 
-    add("list", _list, "all runs, newest first", run=False)
-    add("show", _show, "everything about a run, and why it failed")
-    add("path", _path, "prints the run's folder")
-    logs = add("logs", _logs, "what a rank has printed")
+    add("list", _list, "list all runs, newest first", run=False)
+    add("show", _show, "show everything about a run, and why it failed")
+    add("path", _path, "print the run's folder")
+    logs = add("logs", _logs, "print the log of a rank")
     logs.add_argument("--rank", type=int, metavar="R", help="default: 0")
     logs.add_argument("--follow", action="store_true", help="stay until the run ends")
-    add("cancel", _cancel, "ends a run; it saves first and can be resumed")
-    resume = add("resume", _resume, "continues a run from its newest checkpoint")
-    resume.add_argument("--nodes", type=positive, metavar="N", help="default: as the last time")
+    add("cancel", _cancel, "stop a run; it saves first and can be resumed")
+    resume = add("resume", _resume, "continue a run from its newest checkpoint")
+    add_job_options(resume, nodes=None, defaults="as the last time")
     resume.add_argument(
-        "--gpus", type=positive, metavar="G", help="in total; default: as the last time"
-    )
-    resume.add_argument("--cluster", metavar="NAME", help="default: where it ran the last time")
-    add_time(resume)
-    resume.add_argument(
-        "--force",
-        action="store_true",
-        help="even if it is not known whether its last job has ended",
+        "--force", action="store_true", help="even if it is unknown whether its last job has ended"
     )
     resume.add_argument("--detach", action="store_true", help="submit and do not wait")
-    add("sync", _sync, "brings to MLflow what it does not have yet")
+    add("sync", _sync, "send to MLflow what it lacks")
     return parser
 
 
@@ -100,7 +94,7 @@ def _logs(options: Any) -> int:
     file = log_file(run.logs, last.job_id, rank)
     position = 0
     while True:
-        # Asked before reading, so that the last words are read too.
+        # The job is queried before the log is read, so that its last lines are read too.
         alive = options.follow and job_state.look(last).alive
         if file.exists():
             with file.open(errors="replace") as log:
@@ -146,7 +140,7 @@ def _resume(options: Any) -> int:
     submission = submit(run, place, placement, gpus, force=options.force)
     if warning := job_state.requeue_warning(submission):
         facts.append(("warning", warning))
-    print(aligned([("run", run.name), *facts, ("code", code_fact(run))]), flush=True)
+    print(aligned([("run", run.name), *facts, ("code", code_text(run))]), flush=True)
     if options.detach:
         print(f"submitted; follow it: python workflows/runs.py logs {run.name} --follow")
         return 0
@@ -155,7 +149,7 @@ def _resume(options: Any) -> int:
 
 def _sync(options: Any) -> int:
     name = Path(options.run).name
-    # A trial's run belongs below its sweep's parent.
+    # The run of a trial belongs below the parent run of its sweep.
     sweep = mirror.sweep_of(name)
     if sweep is None and not any(run.name == name for run in all_runs()):
         folder = paths.sweeps_dir() / name

@@ -1,22 +1,21 @@
-"""Following a run from the queue to its end."""
+"""Follows a run from the queue to its end."""
 
 import textwrap
 import time
 from contextlib import suppress
-from typing import Any
 
 from cvae.errors import UserError
-from cvae.files import paths
 from cvae.files.paths import printable
-from cvae.redaction import without_password
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
-from cvae.tracking.mlflow_mirror import behind, newest_word
+from cvae.run.journal_lines import Line
+from cvae.tracking.mlflow_mirror import newest_word
+from cvae.tracking.mlflow_state import behind
 from slurm import attempts, job_state
+from slurm.attempts import Cause
 from slurm.cluster_file import count
 from slurm.commands import JobState
-from slurm.failure_diagnosis import first_failure
-from slurm.job_state import Submission
+from workflows.jobs.run_facts import epoch_text, failure_facts, mlflow_text
 from workflows.jobs.run_state import (
     RunState,
     best_epoch,
@@ -31,47 +30,44 @@ from workflows.terminal.formatting import Fact, aligned, clock, duration, shown
 from workflows.terminal.live_display import Display
 
 FINISHED, FAILED, BAD_INPUT, STOPPED, DETACHED = 0, 1, 2, 3, 130
+_EXIT_STATUS = {"finished": FINISHED, "stopped": STOPPED, "cancelled": STOPPED}
 _JOURNAL_POLL_S = 0.3
 _QUEUE_POLL_S = {"slurm": 4.0, "local": 1.0}
-# A finished job lives on until MLflow's mirror has caught up, or has given up.
-_AFTERMATH_S = 45.0
-# One that failed may be tried again.
-_RESTART_S = 180.0
+# How long to wait for the job's end: a finished job lives on until MLflow's mirror has caught up or given up,
+# and a failed one may restart.
+_PATIENCE_S = {"finished": 45.0, "failed": 180.0}
 
 
 def follow(run: RunDirectory) -> int:
-    """Shows the run's last submission until it ends. Returns the exit status for the command.
+    """Displays the run's last submission until it ends. Returns the exit status of the command.
 
-    0: finished. 1: failed, or died. 2: failed, as data or nodes are not as they must be. 3: stopped or cancelled.
-    130: Ctrl-C; the run goes on.
+    0: finished. 1: failed or died. 2: failed because data or nodes are unsuitable. 3: stopped or cancelled.
+    130: Ctrl-C; the run continues.
     """
     display = Display()
     try:
-        state = _Follower(run, display).watch()
+        state = Follower(run, display).watch()
     except KeyboardInterrupt:
         display.clear()
-        print(
-            f"\ndetached: {run.name} goes on.\n"
-            + aligned(
-                [
-                    ("come back", f"python workflows/runs.py logs {run.name} --follow"),
-                    ("look", f"python workflows/runs.py show {run.name}"),
-                    ("stop it", f"python workflows/runs.py cancel {run.name}"),
-                ]
-            )
-        )
+        commands = {
+            "follow": f"logs {run.name} --follow",
+            "look": f"show {run.name}",
+            "stop": f"cancel {run.name}",
+        }
+        facts = [(name, f"python workflows/runs.py {words}") for name, words in commands.items()]
+        print(f"\ndetached: {run.name} continues.\n{aligned(facts)}")
         return DETACHED
     display.clear()
-    print(ending(run, state))
-    told = attempts.read(run.logs, submissions(run)[-1].job_id)
-    if state.status == "failed" and told and told[-1].cause == "bad input":
+    print(_ending(run, state))
+    made = attempts.read(run.logs, submissions(run)[-1].job_id)
+    if state.status == "failed" and made and made[-1].cause == Cause.BAD_INPUT:
         return BAD_INPUT
-    return {"finished": FINISHED, "stopped": STOPPED, "cancelled": STOPPED}.get(
-        state.status, FAILED
-    )
+    return _EXIT_STATUS.get(state.status, FAILED)
 
 
-class _Follower:
+class Follower:
+    """Reads the journal and queries the job, and displays what is new."""
+
     def __init__(self, run: RunDirectory, display: Display):
         self.run, self.display = run, display
         self.total: int | None = None
@@ -81,190 +77,136 @@ class _Follower:
             self.total = total_steps_of(experiment)
             self.log_every = experiment.training.log_every
             self.compiles = experiment.training.compile
-        self.submission: Submission = submissions(run)[-1]
+        self.submission = submissions(run)[-1]
         self.offset = self.submission.journal_offset
-        self.marks: list[dict[str, Any]] = []
+        self.marks: list[Line] = []
         self.job = JobState("queued", "PENDING")
-        self.asked_at = -float("inf")
-        self.blind = False
+        self.queried_at = -float("inf")
+        self.is_unknown = False
         self.checked = False  # by the preflight of this start
         self.step: int | None = None
 
     def watch(self) -> RunState:
+        """Returns the state of the run after its job has ended, or a while after the run itself has."""
         ended_at: float | None = None
         while True:
-            # Asked before reading: whatever a job wrote before it ended is then read below.
-            self._ask()
-            for line in self._new_lines():
-                self._show(line)
+            # The job is queried before the journal is read, so that what it wrote before its end is read.
+            self._query_job()
+            lines, self.offset = journal.read(self.run.journal_file, self.offset)
+            for line in lines:
+                self.show_line(line)
             state = judge(self.marks, self.job, cancelled=False)
-            if state.status in ("finished", "failed"):
-                ended_at = ended_at or time.monotonic()
-                patience = _AFTERMATH_S if state.status == "finished" else _RESTART_S
-                if not self.job.alive or time.monotonic() > ended_at + patience:
+            patience_s = _PATIENCE_S.get(state.status)
+            ended_at = None if patience_s is None else ended_at or time.monotonic()
+            if patience_s is not None and ended_at is not None:
+                if not self.job.alive or time.monotonic() > ended_at + patience_s:
                     return run_state(self.run)
-                self.display.status(
-                    f"{state.status}; waiting for the job to end", self._mirroring()
-                )
-                time.sleep(_JOURNAL_POLL_S)
-                continue
-            ended_at = None
-            if self.job.phase == "ended":
+                waiting = f"{state.status}; waiting for the job to end"
+                self.display.status(waiting, self._mirroring())
+            elif self.job.phase == "ended":
                 return run_state(self.run)
-            if state.status != "running" or self.step is None:
-                self._wait(state)
-            else:
+            elif state.status == "running" and self.step is not None:
                 self.display.tick()
+            else:
+                self.show_waiting(state)
             time.sleep(_JOURNAL_POLL_S)
 
+    def _query_job(self) -> None:
+        if time.monotonic() - self.queried_at < _QUEUE_POLL_S[self.submission.executor]:
+            return
+        job = job_state.look(self.submission)
+        self.queried_at = time.monotonic()
+        if job.phase != "unknown":
+            self.job = job
+        elif not self.is_unknown:
+            self.display.message(f"cannot query {self.submission.where}: {job.reason}; retrying")
+        self.is_unknown = job.phase == "unknown"
+
     def _mirroring(self) -> str:
-        """What MLflow still lacks; the job ends when it has all, or half a minute later."""
+        """Returns what MLflow still lacks; the job ends when MLflow has all, or half a minute later."""
         with suppress(UserError, OSError):
             if missing := behind(self.run.path):
                 doing = textwrap.shorten(printable(newest_word(self.run.path)), 100)
                 return f", and for MLflow: {count(missing, 'journal line')} to go ({doing})"
         return ""
 
-    def _ask(self) -> None:
-        if time.monotonic() - self.asked_at < _QUEUE_POLL_S[self.submission.executor]:
-            return
-        job = job_state.look(self.submission)
-        self.asked_at = time.monotonic()
-        if job.phase != "unknown":
-            self.job, self.blind = job, False
-        elif not self.blind:
-            self.blind = True
-            self.display.message(f"cannot see the job: {job.reason}; trying on")
-
-    def _new_lines(self) -> list[dict[str, Any]]:
-        lines, self.offset = journal.read(self.run.journal_file, self.offset)
-        return lines
-
-    def _wait(self, state: RunState) -> None:
+    def show_waiting(self, state: RunState) -> None:
+        """Displays what the run waits for before its first step."""
         self.display.pause()
-        where = self.submission.where
+        where, detail = self.submission.where, ""
         if state.status == "stopping":
-            self.display.status("stopped; waiting for the job to end")
-            return
-        if state.status == "running":
-            compiling = "; the model is being compiled" if self.compiles else ""
-            self.display.status(f"the first step is on its way{compiling}")
-            return
-        if state.status == "starting":
+            text = "stopped; waiting for the job to end"
+        elif state.status == "running":
+            text = "waiting for the first step"
+            text += "; the model is being compiled" if self.compiles else ""
+        elif state.status == "starting":
             node = self.job.reason
-            phase = "; the nodes are checked, the model is being built" if self.checked else ""
-            self.display.status(
-                f"starting: {where}" + ("" if node in where else f", on {node}") + phase
-            )
-            return
-        reason = f", waits for: {self.job.reason}" if self.job.reason not in ("", "None") else ""
-        start = ""
-        if self.job.start is not None:
-            start = f", expected to start {clock(self.job.start)}"
-        self.display.status(f"queued: {where}{reason}", start)
+            text = f"starting: {where}" + ("" if node in where else f", on {node}")
+            text += "; the nodes are checked, the model is being built" if self.checked else ""
+        else:
+            text = f"queued: {where}"
+            text += f", waits for: {self.job.reason}" if self.job.reason not in ("", "None") else ""
+            if self.job.start is not None:
+                detail = f", expected to start {clock(self.job.start)}"
+        self.display.status(text, detail)
 
-    def _show(self, line: dict[str, Any]) -> None:
-        kind = line["kind"]
-        if kind == "preflight":
-            self.checked = True
-        elif kind == "start":
-            self.marks.append(line)
-            self.checked, self.step = False, None
-            on = [
-                line.get("device"),
-                line.get("precision"),
-                *dict.fromkeys(line.get("hosts") or []),
-            ]
-            ranks = count(line.get("world_size") or 1, "rank")
-            self.display.message(
-                f"training from step {line['step']:,} on {ranks} ({', '.join(filter(None, on))})"
-            )
-        elif kind == "end":
-            self.marks.append(line)
-            self.display.pause()
-            if line["status"] not in ("finished", "stopped"):
-                self.display.message(f"{line['status']} at step {line['step']:,}: {line['reason']}")
-        elif kind == "step":
-            metrics = line["metrics"]
-            notes = {}
-            if "train/loss" in metrics:
-                notes["loss"] = f"{metrics['train/loss']:.2f}"
-            if "train/images_per_second" in metrics:
-                notes["images/s"] = f"{metrics['train/images_per_second']:,.0f}"
-            self.step = line["step"]
-            if self.step == 1 and self.log_every > 1:
-                notes["next point"] = f"step {min(self.log_every, self.total or self.log_every)}"
-            self.display.progress(self.step, self.total, notes)
-        elif kind == "epoch":
-            self.display.message(epoch_line(line))
-        elif kind == "notice":
-            self.display.message(f"note: {line['message']}")
+    def show_line(self, line: Line) -> None:
+        """Displays a line of the journal."""
+        match line["kind"]:
+            case "preflight":
+                self.checked = True
+            case "start":
+                self.marks.append(line)
+                self.checked, self.step = False, None
+                parts = [line.get("device"), line.get("precision"), *(line.get("hosts") or [])]
+                on = ", ".join(dict.fromkeys(filter(None, parts)))
+                ranks = count(line.get("world_size") or 1, "rank")
+                self.display.message(f"training from step {line['step']:,} on {ranks} ({on})")
+            case "end":
+                self.marks.append(line)
+                self.display.pause()
+                if line["status"] not in ("finished", "stopped"):
+                    text = f"{line['status']} at step {line['step']:,}: {line['reason']}"
+                    self.display.message(text)
+            case "step":
+                self._show_step(line["step"], line["metrics"])
+            case "epoch":
+                self.display.message(epoch_text(line))
+            case "notice":
+                self.display.message(f"note: {line['message']}")
+
+    def _show_step(self, step: int, metrics: dict[str, float]) -> None:
+        notes = {}
+        if "train/loss" in metrics:
+            notes["loss"] = f"{metrics['train/loss']:.2f}"
+        if "train/images_per_second" in metrics:
+            notes["images/s"] = f"{metrics['train/images_per_second']:,.0f}"
+        self.step = step
+        if step == 1 and self.log_every > 1:
+            notes["next point"] = f"step {min(self.log_every, self.total or self.log_every)}"
+        self.display.progress(step, self.total, notes)
 
 
-def epoch_line(line: dict[str, Any]) -> str:
-    """ "epoch 3, step 1,407: val loss 241.21 (recon_loss 215.90, kl 25.31)"."""
-    values = {name.removeprefix("val/"): value for name, value in line["metrics"].items()}
-    parts = ", ".join(
-        f"{name} {values[name]:.2f}" for name in ("recon_loss", "kl") if name in values
-    )
-    return (
-        f"epoch {line['epoch']:.4g}, step {line['step']:,}: val loss {values['loss']:.2f} ({parts})"
-    )
-
-
-def ending(run: RunDirectory, state: RunState) -> str:
-    """How it ended, and what to do now."""
+def _ending(run: RunDirectory, state: RunState) -> str:
+    """Returns how the run ended, and the commands that may be wanted next."""
     lines = journal.read_outline(run.journal_file)
-    facts: list[Fact] = [(state.status, _how_it_ended(run, state, lines))]
+    total = total_steps(run)
+    where = f"{run.name} at step {newest_step(lines):,}" + (f" of {total:,}" if total else "")
+    if state.status == "finished":
+        text = f"{where} in {duration(journal.training_seconds(lines))}"
+    else:
+        text = f"{where}: {textwrap.shorten(state.reason, 300)}"
+    facts: list[Fact] = [(state.status, text)]
     if state.status in ("failed", "died"):
         facts += failure_facts(run)
-    best = best_epoch(lines)
-    if best is not None:
-        facts.append(
-            ("val loss", f"{best['metrics']['val/loss']:.2f} at step {best['step']:,} (best)")
-        )
+    if (best := best_epoch(lines)) is not None:
+        loss = best["metrics"]["val/loss"]
+        facts.append(("val loss", f"{loss:.2f} at step {best['step']:,} (best)"))
     if any(run.pictures.glob("*.png")):
         facts.append(("pictures", shown(run.pictures)))
     if any(run.checkpoints.glob("step-*")):
         facts.append(("generate", f"python workflows/generate.py {run.name}"))
     if state.status in ("stopped", "cancelled", "failed", "died"):
         facts.append(("continue", f"python workflows/runs.py resume {run.name}"))
-    facts.append(("MLflow", mlflow_fact(run, state)))
+    facts.append(("MLflow", mlflow_text(run, state)))
     return aligned(facts)
-
-
-def _how_it_ended(run: RunDirectory, state: RunState, lines: list[dict[str, Any]]) -> str:
-    total = total_steps(run)
-    at = f"at step {newest_step(lines):,}" + (f" of {total:,}" if total else "")
-    if state.status == "finished":
-        return f"{run.name} {at} in {duration(journal.training_seconds(lines))}"
-    return f"{run.name} {at}: {textwrap.shorten(state.reason, 300)}"
-
-
-def failure_facts(run: RunDirectory) -> list[Fact]:
-    """Which rank went first and its last words, where the logs tell."""
-    failure = first_failure(run.logs, submissions(run)[-1].job_id) if submissions(run) else None
-    if failure is None:
-        return [("logs", shown(run.logs))]
-    return [
-        ("cause" if failure.end.rank is None else "went first", str(failure)),
-        (f"log {failure.rank}", "\n".join([shown(failure.log), *failure.tail])),
-    ]
-
-
-def mlflow_fact(run: RunDirectory, state: RunState) -> str:
-    """Says how to open MLflow, and how to mend it if it is behind."""
-    try:
-        missing = behind(run.path)
-    except (UserError, OSError) as error:
-        return f"{open_mlflow()}\n{printable(str(error))}"
-    # While the job lives its mirror is at work, and always a little behind.
-    if state.job.alive or not missing:
-        return open_mlflow()
-    mend = f"{count(missing, 'line')} behind: python workflows/runs.py sync {run.name}"
-    return f"{open_mlflow()}\n{mend}"
-
-
-def open_mlflow() -> str:
-    uri = without_password(paths.tracking_uri())
-    return uri if uri.startswith("http") else f"make mlflow   ({uri})"

@@ -12,7 +12,7 @@ from cvae.run.directory import RunDirectory, check_new_name
 from slurm import cluster_file, executors
 from slurm.cluster_file import UNLIMITED, Place, Placement, TimeLimit, count
 from workflows.jobs.checkpoint_notice import expected_save_s, grace_fact
-from workflows.jobs.follow import open_mlflow
+from workflows.jobs.run_facts import open_mlflow
 from workflows.jobs.scaling_model import expected_fact, meta_model
 from workflows.jobs.submission import job_of
 from workflows.terminal.formatting import Fact, clock, shown

@@ -1,4 +1,4 @@
-"""How a run stands: what its journal says, and what has become of its last job."""
+"""Finds out the state of a run from its journal and its last job."""
 
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class RunState(NamedTuple):
 
 
 def submissions(run: RunDirectory) -> list[Submission]:
-    """Oldest first. Raises UserError if launch.json is damaged."""
+    """Returns the run's submissions, oldest first. Raises UserError if launch.json is damaged."""
     return job_state.found_in(run.path, json_file.load(run.launch_file, _SUBMISSIONS) or [])
 
 
@@ -38,16 +38,21 @@ def last_submission(run: RunDirectory) -> Submission | None:
 
 def run_state(run: RunDirectory) -> RunState:
     last = last_submission(run)
-    # Asked before reading: what a job wrote before it ended is then read.
-    job = NO_JOB if last is None else job_state.look(last)
-    return judge(_marks(run, last), job, last is not None and last.cancelled is not None)
+    if last is None:
+        return judge(marks_of(journal.read_outline(run.journal_file)), NO_JOB, cancelled=False)
+    # The job is queried before the journal is read, so that what it wrote before its end is read.
+    job = job_state.look(last)
+    marks = marks_of(journal.read_outline(run.journal_file, last.journal_offset))
+    return judge(marks, job, last.cancelled is not None)
 
 
 def is_settled(run: RunDirectory, marks: list[Line], last: Submission | None) -> bool:
-    """Returns whether the journal alone says how the run stands, so that the queue need not be asked."""
+    """Returns whether the journal alone determines the state, so that the queue need not be queried."""
     status = marks[-1].get("status") if marks else None
-    told = attempts.read(run.logs, last.job_id) if last else []
-    return status == "finished" or (status == "failed" and not (told and told[-1].restarts))
+    if status != "failed":
+        return status == "finished"
+    earlier = attempts.read(run.logs, last.job_id) if last else []
+    return not (earlier and earlier[-1].restarts)
 
 
 def marks_of(lines: list[Line]) -> list[Line]:
@@ -55,40 +60,29 @@ def marks_of(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line["kind"] in ("start", "end")]
 
 
-def _marks(run: RunDirectory, last: Submission | None) -> list[Line]:
-    """The start and end lines since the last submission."""
-    return marks_of(journal.read_outline(run.journal_file, last.journal_offset if last else 0))
-
-
 def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
-    """The state of a run from the start and end lines of its last submission, in order, and its job."""
+    """Returns the state of a run. marks: the start and end lines since its last submission, in order."""
     newest: Line = marks[-1] if marks else {"kind": None}
     if newest["kind"] == "end":
-        status, reason = str(newest["status"]), str(newest["reason"])
+        status = str(newest["status"])
         if status in ("stopped", "failed") and job.alive:
-            # It may be back in the queue, as after a preemption or a crash, or have started again.
-            again = job.start is not None and job.start > newest["time"]
-            if job.phase == "queued" or again:
-                status = "queued" if job.phase == "queued" else "starting"
+            # The job may be queued again, as after a preemption or a crash, or have restarted.
+            if job.phase == "queued":
+                status = "queued"
+            elif job.start is not None and job.start > newest["time"]:
+                status = "starting"
             elif status == "stopped":
                 status = "stopping"
-        return RunState(status, reason, job)
-    if job.phase == "queued":
-        return RunState("queued", job.reason, job)
+        return RunState(status, str(newest["reason"]), job)
     started = newest["kind"] == "start"
     if job.phase == "running":
         return RunState("running" if started else "starting", "", job)
-    if job.phase == "unknown":
-        return RunState("unknown", job.reason, job)
+    if job.phase != "ended":
+        return RunState(job.phase, job.reason, job)
     if cancelled or job.slurm_state == "CANCELLED":
-        return RunState("cancelled", "before it could save" if started else "before it began", job)
-    return RunState(
-        "died",
-        job.reason
-        if job.slurm_state == NO_JOB.slurm_state
-        else f"its job ended as {job.slurm_state}",
-        job,
-    )
+        return RunState("cancelled", f"before it {'could save' if started else 'began'}", job)
+    submitted = job.slurm_state != NO_JOB.slurm_state
+    return RunState("died", f"its job ended as {job.slurm_state}" if submitted else job.reason, job)
 
 
 class _Images(BaseModel):
@@ -96,7 +90,7 @@ class _Images(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What a store's manifest says that is of use here; it is not opened, as the data may be gone."""
+    """The part of a store's manifest that is needed here; the store is not opened, as it may be gone."""
 
     splits: dict[str, _Images]
 
@@ -105,7 +99,7 @@ _MANIFEST = TypeAdapter(_Manifest)
 
 
 def total_steps(run: RunDirectory) -> int | None:
-    """Returns the steps of a whole run; None if its experiment cannot be read or its data are gone."""
+    """Returns the steps of the whole run; None if its experiment cannot be read or its data are gone."""
     try:
         return total_steps_of(run.experiment())
     except UserError:

@@ -1,4 +1,4 @@
-"""Handing a run to SLURM or to this machine: once at a time, and written down."""
+"""Submits runs to SLURM or to this machine, one submission of a run at a time, and records them."""
 
 import json
 import os
@@ -23,41 +23,42 @@ from slurm.executors import Job
 from slurm.job_state import Submission
 from slurm.supervision import Supervision
 from workflows.jobs.run_state import run_state, submissions
-from workflows.terminal.formatting import shown
 
 TRAIN = "cvae.training.train:train"
-# A job that nobody waits for any more: what it has done is on the disk, it has nothing to save.
+# For a job that nobody waits for any more: its work is on the disk, and it has nothing to save.
 END_PATIENCE_S = 5.0
 AFTER = "cvae.training.record_failure:note_bad_end"
 AFTER_IN_SWEEP = "cvae.training.record_failure:journal_bad_end"
 
 
 def job_of(run: RunDirectory, code: Path, part_of_sweep: bool = False) -> Job:
-    """code: the snapshot that it is to run. part_of_sweep: it ends with this process, which tells MLflow."""
+    """Returns the training job of a run. code: the snapshot to run.
+
+    part_of_sweep: the job ends with this process, which also sends the metrics to MLflow.
+    """
     after = AFTER_IN_SWEEP if part_of_sweep else AFTER
     supervision = Supervision(str(run.checkpoints / "step-*"), after, str(run.path))
     environment = {**training_environment(), **job_environment(code)}
     if part_of_sweep and submissions(run):
-        # A host that was lost may still hold the run's lock for a while.
+        # A host that was lost may hold the run's lock for a while.
         environment["CVAE_RESTARTED"] = "1"
     job = Job(run.name, run.logs, TRAIN, (run.path, not part_of_sweep), environment, supervision)
     return job._replace(ends_with=os.getpid()) if part_of_sweep else job
 
 
 def job_environment(code: Path) -> dict[str, str]:
-    """What else the environment holds, sbatch and submitit hand on by themselves."""
+    """Returns the variables that make a job use the snapshot `code`; sbatch forwards the rest."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     search = os.pathsep.join(dict.fromkeys([str(code), *filter(None, inherited)]))
     return {"CVAE_HOME": str(paths.home()), "CVAE_CODE": str(code), "PYTHONPATH": search}
 
 
 def training_environment() -> dict[str, str]:
-    """Has glibc keep the memory that a step frees: the next one needs as much.
+    """Returns variables that make glibc keep freed memory for the next step; the user's own take precedence.
 
-    Given back, it comes back page by page, each zeroed by the kernel: 5 % of a step on a CPU. What the user's
-    environment says goes before.
+    Memory that was returned to the kernel comes back page by page, each zeroed: 5 % of a step on a CPU.
     """
-    # Not MALLOC_MMAP_THRESHOLD_: before glibc 2.35 it is at most 32 MB, and a greater one is ignored.
+    # Not MALLOC_MMAP_THRESHOLD_: before glibc 2.35 it is at most 32 MB, and a greater value is ignored.
     wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
@@ -65,9 +66,10 @@ def training_environment() -> dict[str, str]:
 def submit_new(
     name: str, experiment: Experiment, place: Place, placement: Placement, gpus: int
 ) -> RunDirectory:
-    """Makes the run's folder and submits it; where that fails, nothing is left.
+    """Creates the run's folder and submits the run; if that fails, nothing is left.
 
-    Raises UserError where the name is taken, the folder cannot be written or SLURM refuses the job.
+    gpus: the requested total. Raises UserError if the name is taken, the folder cannot be written or SLURM
+    refuses the job.
     """
     run = RunDirectory.create(name, experiment)
     try:
@@ -89,9 +91,10 @@ def submit(
     part_of_sweep: bool = False,
     force: bool = False,
 ) -> Submission:
-    """part_of_sweep: see job_of. force: even if nobody can say whether the last job still runs.
+    """Submits a run and records it in launch.json. part_of_sweep: see job_of().
 
-    Raises UserError if the run is queued, running or finished, or if that is not known.
+    force: even if the state of the last job is unknown. Raises UserError if that is unknown, or if the run is
+    queued, running or finished.
     """
     with locked(run.path):
         state = run_state(run)
@@ -102,10 +105,9 @@ def submit(
                 f" `python workflows/runs.py logs {run.name} --follow`"
             )
         if state.status == "finished":
-            raise UserError(
-                f"{run.name} is finished; to repeat it: python workflows/launch.py {run.experiment_file}"
-            )
-        # Of a trial, Ray knows that it has ended, on whatever host that was.
+            repeat = f"python workflows/launch.py {run.experiment_file}"
+            raise UserError(f"{run.name} is finished; to repeat it: {repeat}")
+        # Ray knows that a trial has ended, on whatever host it ran.
         if state.job.phase == "unknown" and not (force or part_of_sweep):
             raise UserError(unknown(run.name, submissions(run)[-1], state.job))
         offset = journal.read(run.journal_file)[1]
@@ -113,7 +115,7 @@ def submit(
         code_snapshot.link(run.path, code)
         with interrupts_wait():
             submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)
-            more: dict[str, Any] = {"journal_offset": offset, "code": code.name}
+            more = {"journal_offset": offset, "code": code.name}
             more["folder"] = os.path.realpath(run.path)
             if part_of_sweep:
                 # Nobody typed this process's command; the file repeats the trial alone.
@@ -122,33 +124,22 @@ def submit(
             try:
                 _write(run, [*submissions(run), submission])
             except OSError:
-                # A job that nobody could follow or cancel must not run.
+                # A job that nobody can follow or cancel must not run.
                 job_state.end(submission, 0, lambda _: None)
                 raise
     return submission
 
 
 def unknown(name: str, last: Submission, job: JobState) -> str:
-    """Why a run or a sweep is not simply submitted once more."""
+    """Returns why a run or a sweep is not submitted again if the state of its last job is unknown."""
     return (
         f"{name}: whether {last.where} still runs is not known: {job.reason};"
-        " if it has certainly ended, --force goes on all the same"
+        " if you are certain that it has ended, add --force"
     )
 
 
-def code_fact(run: RunDirectory) -> str:
-    """What the last submission runs, and whether that is what the run began with."""
-    ids = [entry.code for entry in submissions(run) if entry.code is not None]
-    known = [id for id in ids if (run.path / "code" / id).is_dir()]
-    if not known:
-        return "unknown"
-    first, last = (code_snapshot.read(run.path / "code" / id) for id in (known[0], known[-1]))
-    if first.source == last.source:
-        return f"{last}, as the run began"
-    return f"{last}; the run began with {first}:\ndiff -r {shown(first.root)} {shown(last.root)}"
-
-
 def note_cancelled(run: RunDirectory, when: float) -> None:
+    """Records that the user cancels the run, so that its job does not restart."""
     with locked(run.path):
         *earlier, last = submissions(run)
         attempts.mark_cancelled(run.logs, last.job_id)
@@ -161,7 +152,7 @@ def _write(run: RunDirectory, entries: list[Submission]) -> None:
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
-    """Raises UserError if another launch, resume or cancel of the run or sweep in this folder is at work."""
+    """Raises UserError while another process launches, resumes or cancels the run or sweep in this folder."""
     refusal = f"{folder.name} is being launched, resumed or cancelled by another process right now"
     return file_lock(folder / "launch.lock", refusal=refusal)
 
@@ -193,7 +184,7 @@ def submitted(
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes after the block: a job that is submitted is also written down."""
+    """Delays Ctrl-C until the end of the block, so that a job that was submitted is also recorded."""
     pending: list[Any] = []
     before = signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
     try:

@@ -1,6 +1,7 @@
-"""The story of a run: every try, where it ran, how far it came, why it ended and what that cost."""
+"""Summarises the attempts of a run: where each ran, how far it came, how it ended and what that cost."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 from cvae.run.directory import RunDirectory
 from cvae.run.journal_lines import Line
@@ -15,37 +16,34 @@ from workflows.terminal.formatting import clock, duration
 _NODES_SHOWN = 8
 
 
-def story(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
-    """One line a try, oldest first; none before the first. job: where the last submission is now."""
-    told: list[Attempt] = []
-    last = ""
-    for submission in submissions(run):
-        told += attempts.read(run.logs, submission.job_id)
-        last = submission.job_id
-    if not told:
+def attempt_lines(run: RunDirectory, lines: list[Line], job: JobState) -> list[str]:
+    """Returns one line per attempt, oldest first. lines: the journal. job: the state of the last submission's."""
+    ids = [submission.job_id for submission in submissions(run)]
+    made = [attempt for job_id in ids for attempt in attempts.read(run.logs, job_id)]
+    if not made:
         return []
-    if job.phase == "ended" and told[-1].end is None:
-        told[-1] = replace(
-            told[-1], end=diagnose_unrecorded(run.logs, last, told[-1], job.slurm_state)
-        )
-    elif job.phase == "ended" and told[-1].end and told[-1].end.requeue == "asked":
-        told[-1] = attempts.answered(told[-1], "SLURM was asked to requeue it and has not")
-    ends = [one.began for one in told[1:]] + [float("inf")]
-    stretches = [
-        _stretch([line for line in lines if one.began <= line["time"] < end])
-        for one, end in zip(told, ends, strict=True)
+    last = made[-1]
+    if job.phase == "ended" and last.end is None:
+        end = diagnose_unrecorded(run.logs, ids[-1], last, job.slurm_state)
+        made[-1] = replace(last, end=end)
+    elif job.phase == "ended" and last.end and last.end.requeue == "asked":
+        made[-1] = attempts.answered(last, "SLURM was asked to requeue it and has not")
+    bounds = [*(attempt.began for attempt in made), float("inf")]
+    spans = [
+        _span([line for line in lines if begin <= line["time"] < end])
+        for begin, end in pairwise(bounds)
     ]
-    resumed = [stretch[0] if stretch else None for stretch in stretches[1:]] + [None]
+    resumed_at = [*(span[0] if span else None for span in spans[1:]), None]
     return [
-        _words(number, one, stretch, after)
-        for number, (one, stretch, after) in enumerate(
-            zip(told, stretches, resumed, strict=True), start=1
+        f"{number}: {_summary(attempt, span, resumed)}"
+        for number, (attempt, span, resumed) in enumerate(
+            zip(made, spans, resumed_at, strict=True), 1
         )
     ]
 
 
-def _stretch(lines: list[Line]) -> tuple[int, int] | None:
-    """The step that it began from and the last that is known of it; None where it never trained."""
+def _span(lines: list[Line]) -> tuple[int, int] | None:
+    """Returns the first and the last known step of an attempt; None if it did not train."""
     start = next((line["step"] for line in lines if line["kind"] == "start"), None)
     if start is None:
         return None
@@ -53,19 +51,19 @@ def _stretch(lines: list[Line]) -> tuple[int, int] | None:
     return start, max([start, *steps])
 
 
-def _words(number: int, one: Attempt, stretch: tuple[int, int] | None, resumed: int | None) -> str:
-    shown = one.nodes[:_NODES_SHOWN]
-    more = f" and {len(one.nodes) - len(shown)} more" if len(one.nodes) > len(shown) else ""
-    parts = [f"{number}: {clock(one.began)} on {', '.join(shown)}{more}"]
-    if stretch is not None:
-        parts.append(f"step {stretch[0]:,} to {stretch[1]:,}")
-    if one.ended is not None and one.ended > one.began:
-        parts.append(f"after {duration(one.ended - one.began)}")
-    parts.append("running" if one.end is None else one.end.reason)
-    if stretch is not None and resumed is not None and stretch[1] > resumed:
-        parts.append(f"{count(stretch[1] - resumed, 'step')} lost")
-    if one.end is not None and one.end.excluded:
-        parts.append(f"next without {', '.join(one.end.excluded)}")
-    if one.end is not None and one.end.requeue == "refused":
-        parts.append(one.end.outlook)
+def _summary(attempt: Attempt, span: tuple[int, int] | None, resumed_at: int | None) -> str:
+    end, hidden = attempt.end, len(attempt.nodes) - _NODES_SHOWN
+    nodes = ", ".join(attempt.nodes[:_NODES_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")
+    parts = [f"{clock(attempt.began)} on {nodes}"]
+    if span is not None:
+        parts.append(f"step {span[0]:,} to {span[1]:,}")
+    if attempt.ended is not None and attempt.ended > attempt.began:
+        parts.append(f"after {duration(attempt.ended - attempt.began)}")
+    parts.append("running" if end is None else end.reason)
+    if span is not None and resumed_at is not None and span[1] > resumed_at:
+        parts.append(f"{count(span[1] - resumed_at, 'step')} lost")
+    if end is not None and end.excluded:
+        parts.append(f"next without {', '.join(end.excluded)}")
+    if end is not None and end.requeue == "refused":
+        parts.append(end.outlook)
     return "; ".join(parts)

@@ -1,9 +1,9 @@
-"""Runs in words: one line each, or everything about one."""
+"""Formats runs for the terminal: one line each, or everything about one."""
 
 import textwrap
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
@@ -16,7 +16,7 @@ from slurm import job_state
 from slurm.cluster_file import count
 from slurm.commands import JobState
 from slurm.job_state import Submission
-from workflows.jobs.follow import epoch_line, failure_facts, mlflow_fact
+from workflows.jobs.run_facts import epoch_text, failure_facts, mlflow_text
 from workflows.jobs.run_state import (
     NO_JOB,
     RunState,
@@ -30,22 +30,15 @@ from workflows.jobs.run_state import (
     submissions,
     total_steps_of,
 )
-from workflows.listing.attempt_summary import story
-from workflows.terminal.formatting import (
-    Fact,
-    aligned,
-    clock,
-    duration,
-    shown,
-    table,
-)
+from workflows.listing.attempt_summary import attempt_lines
+from workflows.terminal.formatting import Fact, aligned, clock, duration, shown, table
 
 T = TypeVar("T")
 _NOTICES_SHOWN = 10
 
 
-class _Listed(NamedTuple):
-    """What a row of the list is made of: each file of the run, read once."""
+class _Row(NamedTuple):
+    """The data of a row of the list: each file of the run, read once."""
 
     run: RunDirectory
     experiment: Experiment
@@ -57,35 +50,29 @@ class _Listed(NamedTuple):
 
 def list_text(runs: list[RunDirectory]) -> str:
     """Returns a table of runs, and below it a line for each that cannot be read."""
-    listed, odd = [], []
+    rows, notes = [], []
     for run in runs:
         try:
-            listed.append(_read(run))
+            rows.append(_read(run))
         except (UserError, OSError) as error:
-            odd.append(f"{printable(run.name)}  unreadable: {_reason(run, error)}")
-    open_ones = [one.last for one in listed if not one.settled and one.last is not None]
-    jobs = iter(job_state.look_at_all(open_ones))
-    rows = []
-    unknown: dict[str, None] = {}
-    for one in listed:
-        job = NO_JOB if one.settled or one.last is None else next(jobs)
-        if job.phase == "unknown":
-            unknown.setdefault(printable(f"unknown: {job.reason}"))
-        rows.append(_row(one, job))
+            notes.append(f"{printable(run.name)}  unreadable: {_reason(run, error)}")
+    open_jobs = [row.last for row in rows if not row.settled and row.last is not None]
+    states = iter(job_state.look_at_all(open_jobs))
+    jobs = [NO_JOB if row.settled or row.last is None else next(states) for row in rows]
     header = ["RUN", "STATUS", "STEP", "VAL LOSS", "WHERE", "AGE"]
-    text = table(header, rows, right=["STEP", "VAL LOSS", "AGE"])
-    return "\n".join([text, *unknown, *odd])
+    cells = [_cells(row, job) for row, job in zip(rows, jobs, strict=True)]
+    unknown = [printable(f"unknown: {job.reason}") for job in jobs if job.phase == "unknown"]
+    text = table(header, cells, right=["STEP", "VAL LOSS", "AGE"])
+    return "\n".join([text, *dict.fromkeys(unknown), *notes])
 
 
 def _reason(run: RunDirectory, error: UserError | OSError) -> str:
-    """On one line, with files as they are called in the run's folder."""
-    text = str(error)
-    if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}"
+    """Returns one line in which files are named relative to the run's folder."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
     return textwrap.shorten(printable(" ".join(text.split()).replace(f"{run.path}/", "")), 200)
 
 
-def _read(run: RunDirectory) -> _Listed:
+def _read(run: RunDirectory) -> _Row:
     """Raises UserError or OSError if a file of the run is damaged or cannot be read."""
     if run.name != printable(run.name):
         raise UserError("its name is not printable text in UTF-8; rename the folder")
@@ -94,67 +81,65 @@ def _read(run: RunDirectory) -> _Listed:
     before = journal.read_outline(run.journal_file, 0, offset)
     since = journal.read_outline(run.journal_file, offset)
     marks = marks_of(since)
-    settled = is_settled(run, marks, last)
-    return _Listed(run, experiment, last, before + since, marks, settled)
+    return _Row(run, experiment, last, before + since, marks, is_settled(run, marks, last))
 
 
-def _row(one: _Listed, job: JobState) -> list[str]:
-    best, last = best_epoch(one.lines), one.last
-    cancelled = last is not None and last.cancelled is not None
+def _cells(row: _Row, job: JobState) -> list[str]:
+    best, last = best_epoch(row.lines), row.last
     return [
-        one.run.name,
-        judge(one.marks, job, cancelled).status,
-        _progress(one.lines, total_steps_of(one.experiment), "/"),
+        row.run.name,
+        judge(row.marks, job, last is not None and last.cancelled is not None).status,
+        _progress(row.lines, row.experiment, "/"),
         f"{best['metrics']['val/loss']:.2f}" if best else "",
         printable(f"{last.cluster}, {count(last.world_size, 'rank')}") if last else "",
-        duration(time.time() - one.run.created),
+        duration(time.time() - row.run.created),
     ]
 
 
+def _progress(lines: list[Line], experiment: Experiment | None, of: str) -> str:
+    total = total_steps_of(experiment) if experiment is not None else None
+    return f"{newest_step(lines):,}" + (f"{of}{total:,}" if total else "")
+
+
 def show_text(run: RunDirectory) -> str:
-    """Returns all that can be read of a run; what cannot is named."""
-    odd: list[Fact] = []
+    """Returns everything that can be read of a run, and names what cannot be read."""
+    damage: list[Fact] = []
 
     def readable(read: Callable[[], T]) -> T | None:
         try:
             return read()
         except (UserError, OSError) as error:
-            odd.append(("unreadable", _reason(run, error)))
+            damage.append(("unreadable", _reason(run, error)))
             return None
 
     lines = readable(lambda: journal.read_outline(run.journal_file)) or []
     entries = readable(lambda: submissions(run)) or []
     experiment = readable(run.experiment)
     unknown = RunState("unknown", "its files are damaged", NO_JOB)
-    state = unknown if odd else readable(lambda: run_state(run)) or unknown
+    state = unknown if damage else readable(lambda: run_state(run)) or unknown
     facts: list[Fact] = [
         ("run", f"{printable(run.name)}, made {clock(run.created)}"),
         ("status", f"{state.status}: {state.reason}" if state.reason else state.status),
-        *odd,
+        *damage,
     ]
     if state.status in ("failed", "died"):
         facts += failure_facts(run)
     if experiment is not None:
         facts += _experiment(run, experiment)
-    total = total_steps_of(experiment) if experiment is not None else None
     trained = duration(journal.training_seconds(lines))
-    facts.append(("steps", f"{_progress(lines, total, ' of ')}, {trained} of training"))
+    facts.append(("steps", f"{_progress(lines, experiment, ' of ')}, {trained} of training"))
     facts += [("submitted", _submission(entry)) for entry in entries]
-    told = story(run, lines, state.job) if entries else []
-    if told:
-        facts.append(("tries", "\n".join(told)))
+    if entries and (attempts := attempt_lines(run, lines, state.job)):
+        facts.append(("attempts", "\n".join(attempts)))
     if state.status in ("failed", "died", "stopped", "cancelled"):
         facts.append(("continue", f"python workflows/runs.py resume {printable(run.name)}"))
-    facts += _preflight(lines) + _ran_on(lines) + _metrics(lines) + _checkpoints(run)
+    facts += _journal_facts(lines)
+    facts += _checkpoints(run)
     notices = [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]
     if notices:
         facts.append(("notices", "\n".join(notices[-_NOTICES_SHOWN:])))
-    facts += [
-        ("pictures", shown(run.pictures)),
-        ("logs", shown(run.logs)),
-        ("MLflow", mlflow_fact(run, state)),
-    ]
-    return aligned(facts)
+    facts += [("pictures", shown(run.pictures)), ("logs", shown(run.logs))]
+    return aligned([*facts, ("MLflow", mlflow_text(run, state))])
 
 
 def _experiment(run: RunDirectory, experiment: Experiment) -> list[Fact]:
@@ -167,77 +152,65 @@ def _experiment(run: RunDirectory, experiment: Experiment) -> list[Fact]:
     ]
 
 
-def _progress(lines: list[Line], total: int | None, of: str) -> str:
-    return f"{newest_step(lines):,}" + (f"{of}{total:,}" if total else "")
-
-
 def _submission(entry: Submission) -> str:
     cancelled = f"; cancelled {clock(entry.cancelled)}" if entry.cancelled else ""
-    size = f"{count(entry.nodes, 'node')}, {count(entry.world_size, 'rank')}"
-    return f"{clock(entry.time)}: {entry.where}, {size}{cancelled}"
+    ranks = f"{count(entry.nodes, 'node')}, {count(entry.world_size, 'rank')}"
+    return f"{clock(entry.time)}: {entry.where}, {ranks}{cancelled}"
 
 
-def _preflight(lines: list[Line]) -> list[Fact]:
-    """What the last start saw of its nodes. Its warnings are among the notices."""
-    seen = [line for line in lines if line["kind"] == "preflight"]
-    if not seen:
-        return []
-    last, hosts = seen[-1], seen[-1]["hosts"].values()
+def _journal_facts(lines: list[Line]) -> list[Fact]:
+    """Returns what the journal says of the run's last nodes, code and metrics."""
+    by_kind: dict[str, list[Line]] = {}
+    for line in lines:
+        by_kind.setdefault(line["kind"], []).append(line)
+    facts: list[Fact] = []
+    if "preflight" in by_kind:
+        facts.append(("preflight", _preflight(by_kind["preflight"][-1])))
+    if starts := by_kind.get("start"):
+        facts += _ran_on(starts[-1], len(starts))
+    if "step" in by_kind:
+        newest = by_kind["step"][-1]
+        values = {name.removeprefix("train/"): x for name, x in newest["metrics"].items()}
+        text = ", ".join(f"{name} {value:,.5g}" for name, value in values.items())
+        facts.append(("train", f"step {newest['step']:,}: {text}"))
+    if epochs := by_kind.get("epoch"):
+        facts.append(("val", epoch_text(epochs[-1])))
+        best = best_epoch(epochs)
+        if best is not None and best is not epochs[-1]:
+            facts.append(("best", epoch_text(best)))
+    return facts
+
+
+def _preflight(line: Line) -> str:
+    """Returns the state of the nodes before the last start; its warnings are among the notices."""
+    hosts: list[dict[str, Any]] = list(line["hosts"].values())
     disks = [host["free_disk"] for host in hosts if host.get("free_disk") is not None]
     clocks = [host["clock_offset_s"] for host in hosts]
-    nodes = [f"{count(len(hosts), 'node')} in {last['seconds']:.1f} s"]
+    parts = [f"{count(len(hosts), 'node')} in {line['seconds']:.1f} s"]
     if hosts:
-        nodes.append(f"free memory {size(min(host['free_memory'] for host in hosts))}")
+        parts.append(f"free memory {size(min(host['free_memory'] for host in hosts))}")
     if disks:
-        nodes.append(f"free disk {size(min(disks))}")
+        parts.append(f"free disk {size(min(disks))}")
     if len(clocks) > 1:
-        nodes.append(f"clocks within {max(clocks) - min(clocks):.1f} s")
-    text = ", ".join(nodes)
-    if last.get("all_reduce") is not None:
-        text += f"\nall-reduce: {Network.model_validate(last['all_reduce'])}"
-    return [("preflight", text)]
+        parts.append(f"clocks within {max(clocks) - min(clocks):.1f} s")
+    network = line.get("all_reduce")
+    measured = f"\nall-reduce: {Network.model_validate(network)}" if network is not None else ""
+    return ", ".join(parts) + measured
 
 
-def _ran_on(lines: list[Line]) -> list[Fact]:
-    starts = [line for line in lines if line["kind"] == "start"]
-    if not starts:
-        return []
-    start = starts[-1]
+def _ran_on(start: Line, n_starts: int) -> list[Fact]:
     hosts = ", ".join(dict.fromkeys(start.get("hosts") or ["unknown hosts"]))
-    code = (start.get("commit") or "unknown")[:12] + (
-        " with uncommitted changes" if start.get("uncommitted_changes") else ""
-    )
+    changed = " with uncommitted changes" if start.get("uncommitted_changes") else ""
+    device, precision = (start.get(key) or f"unknown {key}" for key in ("device", "precision"))
     return [
-        ("started", f"{count(len(starts), 'time')}, last from step {starts[-1]['step']:,}"),
-        (
-            "ranks",
-            f"{start.get('world_size') or '?'} × {start.get('device') or 'unknown device'},"
-            f" {start.get('precision') or 'unknown precision'}, on {hosts}",
-        ),
-        ("code", code),
+        ("started", f"{count(n_starts, 'time')}, last from step {start['step']:,}"),
+        ("ranks", f"{start.get('world_size') or '?'} × {device}, {precision}, on {hosts}"),
+        ("code", (start.get("commit") or "unknown")[:12] + changed),
     ]
-
-
-def _metrics(lines: list[Line]) -> list[Fact]:
-    facts: list[Fact] = []
-    steps = [line for line in lines if line["kind"] == "step"]
-    if steps:
-        values = {name.removeprefix("train/"): x for name, x in steps[-1]["metrics"].items()}
-        text = ", ".join(f"{name} {value:,.5g}" for name, value in values.items())
-        facts.append(("train", f"step {steps[-1]['step']:,}: {text}"))
-    epochs = [line for line in lines if line["kind"] == "epoch"]
-    if epochs:
-        facts.append(("val", epoch_line(epochs[-1])))
-        best = best_epoch(lines)
-        if best is not epochs[-1] and best is not None:
-            facts.append(("best", epoch_line(best)))
-    return facts
 
 
 def _checkpoints(run: RunDirectory) -> list[Fact]:
     names = sorted(path.name for path in run.checkpoints.glob("step-*"))
     link = run.checkpoints / "best"
-    if not names:
-        return []
     best = f"; best {link.readlink().name}" if link.is_symlink() else ""
-    return [("checkpoints", ", ".join(names) + best)]
+    return [("checkpoints", ", ".join(names) + best)] if names else []

@@ -18,7 +18,8 @@ from cvae.run import journal
 from slurm import attempts, job_state
 from slurm.cluster_file import count
 from slurm.commands import JobState
-from workflows.jobs.follow import DETACHED, FAILED, FINISHED, STOPPED, open_mlflow
+from workflows.jobs.follow import DETACHED, FAILED, FINISHED, STOPPED
+from workflows.jobs.run_facts import open_mlflow
 from workflows.jobs.run_state import newest_step, total_steps
 from workflows.sweeps import mirror
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial, run_of, shown

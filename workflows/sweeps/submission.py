@@ -15,7 +15,7 @@ from slurm.cluster_file import Place, Placement, count
 from slurm.executors import Job
 from slurm.job_state import Submission
 from slurm.supervision import Supervision
-from workflows.jobs.follow import open_mlflow
+from workflows.jobs.run_facts import open_mlflow
 from workflows.jobs.submission import interrupts_wait, job_environment
 from workflows.sweeps.directory import SweepDirectory, shown
 from workflows.sweeps.sweep_file import Loaded, Space

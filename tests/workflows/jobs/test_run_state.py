@@ -17,7 +17,7 @@ from slurm.commands import JobState
 from slurm.job_state import Submission
 from tests.conftest import tiny_experiment
 from workflows import runs
-from workflows.jobs.follow import _Follower
+from workflows.jobs.follow import Follower
 from workflows.jobs.run_state import RunState, judge, run_state, total_steps_of
 from workflows.sweeps.directory import SweepDirectory
 from workflows.terminal.live_display import Display
@@ -111,9 +111,9 @@ def test_a_job_that_starts_here_names_its_host_once(
     run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
     entry = {"time": 1, "cluster": "local", "executor": "local", "job_id": "7", "host": "vm"}
     run.launch_file.write_text(json.dumps([{**entry, "nodes": 1, "gpus": 1, "world_size": 1}]))
-    follower = _Follower(run, Display())
+    follower = Follower(run, Display())
     follower.job = JobState("running", "RUNNING", "vm")
-    follower._wait(RunState("starting", "", follower.job))
+    follower.show_waiting(RunState("starting", "", follower.job))
     assert capsys.readouterr().out == "starting: process 7 on vm\n"
 
 
@@ -124,19 +124,19 @@ def test_what_goes_on_before_the_second_point_is_shown(
     run = RunDirectory.create("r", Experiment.model_validate(tree))
     entry = {"time": 1, "cluster": "local", "executor": "local", "job_id": "7", "host": "vm"}
     run.launch_file.write_text(json.dumps([{**entry, "nodes": 1, "gpus": 1, "world_size": 1}]))
-    follower = _Follower(run, Display())
+    follower = Follower(run, Display())
     follower.job = JobState("running", "RUNNING", "vm")
-    follower._show({"kind": "preflight"})
-    follower._wait(RunState("starting", "", follower.job))
-    follower._show({"kind": "start", "step": 0, "world_size": 1})
-    follower._wait(RunState("running", "", follower.job))
+    follower.show_line({"kind": "preflight"})
+    follower.show_waiting(RunState("starting", "", follower.job))
+    follower.show_line({"kind": "start", "step": 0, "world_size": 1})
+    follower.show_waiting(RunState("running", "", follower.job))
     for step in (1, 50):
         follower.display._printed_at = 0.0
-        follower._show({"kind": "step", "step": step, "metrics": {}})
+        follower.show_line({"kind": "step", "step": step, "metrics": {}})
     assert capsys.readouterr().out.splitlines() == [
         "starting: process 7 on vm; the nodes are checked, the model is being built",
         "training from step 0 on 1 rank ()",
-        "the first step is on its way; the model is being compiled",
+        "waiting for the first step; the model is being compiled",
         "step 1 of ?  next point step 50",
         "step 50 of ?",
     ]

@@ -1,4 +1,4 @@
-"""The story of a run's tries, as `runs.py show` tells it."""
+"""The attempts of a run, as `runs.py show` lists them."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from slurm import attempts
 from slurm.attempts import Attempt, AttemptEnd, Cause
 from slurm.commands import JobState
 from tests.conftest import tiny_experiment
-from workflows.listing.attempt_summary import story
+from workflows.listing.attempt_summary import attempt_lines
 from workflows.listing.run_view import show_text
 
 ENTRY = {"time": 1.0, "cluster": "v100", "executor": "slurm", "job_id": "12", "host": "login"}
@@ -38,12 +38,12 @@ def run(home: Path) -> RunDirectory:
     return run
 
 
-def told(run: RunDirectory, job: JobState) -> list[str]:
-    return story(run, journal.read(run.journal_file)[0], job)
+def summary(run: RunDirectory, job: JobState) -> list[str]:
+    return attempt_lines(run, journal.read(run.journal_file)[0], job)
 
 
 def test_where_how_far_why_and_what_was_lost(run: RunDirectory) -> None:
-    first, second = told(run, JobState("running", "RUNNING"))
+    first, second = summary(run, JobState("running", "RUNNING"))
     assert "on n0, n1, n2, n3, n4, n5, n6, n7 and 2 more" in first
     for words in ("step 0 to 90", "after 21 s", "rank 3 on n1: killed (SIGKILL)", "10 steps lost"):
         assert words in first
@@ -51,10 +51,10 @@ def test_where_how_far_why_and_what_was_lost(run: RunDirectory) -> None:
     assert second.endswith("on n2; step 80 to 80; running")
 
 
-def test_a_try_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
+def test_an_attempt_that_slurm_has_ended_for_good(run: RunDirectory) -> None:
     result = {"status": "stopped", "reason": "SIGTERM at step 99, saved"}
     attempts.result_file(run.logs, "12").write_text(json.dumps(result))
-    last = told(run, JobState("ended", "CANCELLED"))[-1]
+    last = summary(run, JobState("ended", "CANCELLED"))[-1]
     assert last.endswith("cancelled in SLURM: SIGTERM at step 99, saved")
 
 
@@ -63,11 +63,11 @@ def test_a_requeue_that_slurm_refused_or_never_answered(run: RunDirectory) -> No
     crash = AttemptEnd(Cause.CRASH, message="boom", restarts=True, requeue="asked")
     second = replace(second, ended=60.0, end=crash)
     attempts.write(run.logs, "12", [first, second])
-    assert told(run, JobState("queued", "PENDING"))[-1].endswith("; boom")
-    last = told(run, JobState("ended", "FAILED"))[-1]
+    assert summary(run, JobState("queued", "PENDING"))[-1].endswith("; boom")
+    last = summary(run, JobState("ended", "FAILED"))[-1]
     assert "it should have restarted, but SLURM was asked to requeue it and has not" in last
     attempts.write(run.logs, "12", [first, attempts.answered(second, "SLURM says: disabled")])
-    last = told(run, JobState("ended", "FAILED"))[-1]
+    last = summary(run, JobState("ended", "FAILED"))[-1]
     assert last.endswith(
         "boom; it should have restarted, but SLURM says: disabled; resume it by hand"
     )
@@ -81,7 +81,7 @@ def test_what_the_last_preflight_saw(run: RunDirectory) -> None:
     with run.journal_file.open("w") as file:
         for seconds, found in ((7.0, None), (1.2, network)):
             file.write(json.dumps({**line, "seconds": seconds, "all_reduce": found}) + "\n")
-    shown = show_text(run)
-    assert "2 nodes in 1.2 s, free memory 29.0 GB, free disk 90.0 GB, clocks within 0.4 s" in shown
-    assert "all-reduce: 0.20 ms for 8 bytes, 0.020 s for 100 MB: 5 GB/s" in shown
-    assert "7.0 s" not in shown
+    text = show_text(run)
+    assert "2 nodes in 1.2 s, free memory 29.0 GB, free disk 90.0 GB, clocks within 0.4 s" in text
+    assert "all-reduce: 0.20 ms for 8 bytes, 0.020 s for 100 MB: 5 GB/s" in text
+    assert "7.0 s" not in text
