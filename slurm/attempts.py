@@ -94,22 +94,18 @@ class AttemptEnd:
     def _cause_in_words(self) -> str:
         in_slurm = " in SLURM" if self.slurm_state else ""
         unsaved = "before it could save"
-        match self.cause:
-            case Cause.CANCELLED | Cause.PREEMPTED:
-                return f"{self.cause.value}{in_slurm}: {self.message or unsaved}"
-            case Cause.TIME_LIMIT:
-                return f"time limit: {self.message or f'killed {unsaved}'}"
-            case Cause.NODE:
-                return f"node {self.node} failed"
-            case Cause.SLURM:
-                return f"ended by SLURM ({self.slurm_state or 'it gives no reason'})"
-            case Cause.SETUP:
-                return f"setup in the cluster file: {self.message}"
-            case Cause.NOT_BEGUN:
-                return f"not begun: {', '.join(self.excluded)} failed twice"
-            case Cause.CRASH | Cause.BAD_INPUT:
-                return self._failure_in_words()
-        return self.message or self.cause.value
+        words = {
+            Cause.CANCELLED: f"cancelled{in_slurm}: {self.message or unsaved}",
+            Cause.PREEMPTED: f"preempted{in_slurm}: {self.message or unsaved}",
+            Cause.TIME_LIMIT: f"time limit: {self.message or f'killed {unsaved}'}",
+            Cause.NODE: f"node {self.node} failed",
+            Cause.SLURM: f"ended by SLURM ({self.slurm_state or 'it gives no reason'})",
+            Cause.SETUP: f"setup in the cluster file: {self.message}",
+            Cause.NOT_BEGUN: f"not begun: {', '.join(self.excluded)} failed twice",
+            Cause.CRASH: self._failure_in_words(),
+            Cause.BAD_INPUT: self._failure_in_words(),
+        }
+        return words.get(self.cause, self.message or self.cause.value)
 
     def _failure_in_words(self) -> str:
         killed = ", ".join(_SIGNALS.get(name, name) for name in self.signals)

@@ -54,10 +54,8 @@ class AttemptLog:
 
     def begin(self, nodes: list[str]) -> None:
         """Records a new attempt, says so in the log, and removes the reports of the one before."""
-        for file in [
-            *failure_files(self.folder, self.job_id),
-            result_file(self.folder, self.job_id),
-        ]:
+        reports = failure_files(self.folder, self.job_id)
+        for file in [*reports, result_file(self.folder, self.job_id)]:
             file.unlink(missing_ok=True)
         self.attempts.append(Attempt(len(self.attempts) + 1, time.time(), nodes))
         self.write()
