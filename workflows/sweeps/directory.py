@@ -1,15 +1,11 @@
-"""A sweep's folder, and the list of its trials as it stands there.
+"""A sweep's folder, and the list of its trials.
 
-sweeps/<sweep>/sweep.yaml        what is searched      experiment.yaml   what all trials share
-               trials.json       every trial: its run, changed keys, how far it has come, how it ended
-               launch.json       every submission      logs/, code/      as in a run's folder
-               ray/              Ray Tune's own state  mlflow.json       the parent run
+sweeps/<sweep>/sweep.yaml    what is searched         experiment.yaml  what all trials share
+               trials.json   the state of all trials  launch.json      every submission
+               ray/          Ray Tune's own state     mlflow.json      the state of the parent run
+               logs/, code/  as in a run's folder
 """
 
-import errno
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,40 +17,49 @@ from cvae.config import yaml_model
 from cvae.config.experiment import Experiment, load_experiment
 from cvae.errors import UserError
 from cvae.files import json_file, paths
-from cvae.run.directory import RunDirectory, find_sweep, telling_name
+from cvae.run.directory import RunDirectory, find_sweep, new_folder, telling_name
 from slurm import job_state
 from slurm.job_state import Submission
 from workflows.sweeps.sweep_file import Sweep
 
-# In Ray Tune's configurations: the values of the listed keys; the drawn keys stand beside it.
 LISTED = "listed"
-Status = Literal["queued", "running", "finished", "stopped early", "failed"]
+"""The key of Ray Tune's configurations that holds the values of listed keys, next to the drawn keys."""
 _LONGEST_STEM = 45
 
 
 @dataclass
 class Trial:
+    """The state of one trial, as trials.json holds it."""
+
     index: int
     id: str
-    """Ray Tune's."""
+    """Ray Tune's id."""
     run: str
-    """The name of its run; under population based training of the newest of them."""
+    """The name of its run; of the newest one under population based training."""
     values: dict[str, Any]
-    status: Status = "queued"
+    status: Literal["queued", "running", "finished", "stopped early", "failed"] = "queued"
     reason: str = ""
-    """Of a failure, in one line."""
+    """Why it failed, in one line."""
     epoch: float = 0.0
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the newest evaluation."""
+    """The results of the newest evaluation."""
     best: float | None = None
     """The best value of the sweep's metric so far."""
     runs: list[str] = field(default_factory=list)
-    """All its runs, oldest first."""
+    """The names of all its runs, oldest first."""
 
     @property
     def ended(self) -> bool:
         return self.status in ("finished", "stopped early", "failed")
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        return RunDirectory(paths.runs_dir() / self.run)
+
+    def changes(self) -> str:
+        """Returns the values that distinguish it: "optimizer.lr=0.001, seed=2"."""
+        return ", ".join(f"{key}={shown(value)}" for key, value in self.values.items())
 
 
 _TRIALS = TypeAdapter(list[Trial])
@@ -75,26 +80,20 @@ class SweepDirectory:
 
     @classmethod
     def create(cls, name: str, sweep: Sweep, experiment: Experiment) -> "SweepDirectory":
-        """Whole or not at all. Raises UserError where the name is taken or the folder cannot be written."""
-        made = cls(paths.sweeps_dir() / name)
-        nascent = made.path.with_name(f".{name}.{os.getpid()}.new")
-        try:
-            (nascent / "logs").mkdir(parents=True)
-            says = "sweep.py --resume goes on with it; the experiment is in experiment.yaml."
-            (nascent / "sweep.yaml").write_text(yaml_model.dump(sweep, says))
-            says = "What all trials of the sweep share."
-            (nascent / "experiment.yaml").write_text(yaml_model.dump(experiment, says))
-            os.rename(nascent, made.path)
-        except OSError as error:
-            shutil.rmtree(nascent, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise UserError(f"sweep name {name} is taken ({made.path})") from None
-            raise UserError(f"{made.path}: cannot be written: {error.strerror}") from None
-        return made
+        """Creates the folder. Raises UserError if the name is taken or the folder cannot be written."""
+        created = cls(paths.sweeps_dir() / name)
+        taken = UserError(f"sweep name {name} is taken ({created.path})")
+        with new_folder(created.path, taken) as temporary:
+            (temporary / "logs").mkdir()
+            about = "sweep.py --resume goes on with it; the experiment is in experiment.yaml."
+            (temporary / "sweep.yaml").write_text(yaml_model.dump(sweep, about))
+            about = "What all trials of the sweep share."
+            (temporary / "experiment.yaml").write_text(yaml_model.dump(experiment, about))
+        return created
 
     @classmethod
     def open(cls, name: str) -> "SweepDirectory":
-        """The sweep of that name, or the newest for "latest". Raises UserError with the nearest name."""
+        """Returns the sweep of that name, or the newest for "latest". Raises UserError if there is none."""
         return cls(find_sweep(name))
 
     def sweep(self) -> Sweep:
@@ -104,28 +103,32 @@ class SweepDirectory:
         return load_experiment(self.experiment_file)
 
     def trials(self) -> list[Trial]:
-        """As they stand, in their order; empty before the first. Raises UserError if trials.json is damaged."""
+        """Returns the trials in their order. Raises UserError if trials.json is damaged."""
         return json_file.load(self.trials_file, _TRIALS) or []
 
     def write_trials(self, trials: list[Trial]) -> None:
-        text = json.dumps([asdict(trial) for trial in trials], indent=1)
-        paths.write_atomically(self.trials_file, text + "\n")
+        json_file.save(self.trials_file, [asdict(trial) for trial in trials])
+
+    def trials_size(self) -> int:
+        """Returns the size of trials.json in bytes, 0 before the first trial."""
+        return self.trials_file.stat().st_size if self.trials_file.exists() else 0
 
     def launches(self) -> list[dict[str, Any]]:
-        """Every time the sweep was handed to SLURM or to this machine, oldest first.
+        """Returns the entries of launch.json, oldest first: the submissions and the sweep's own keys.
 
         Raises UserError if launch.json is damaged.
         """
         return json_file.load(self.launch_file, _LAUNCHES) or []
 
     def submissions(self) -> list[Submission]:
+        """Returns every submission to SLURM or to this machine, oldest first. Raises as launches()."""
         return job_state.found_in(self.path, json_file.load(self.launch_file, _SUBMISSIONS) or [])
 
 
 def run_name(sweep: str, index: int, values: Mapping[str, Any]) -> str:
-    """As "ablation-20261123-190500-07-fusion_add-seed_2": a trial, and its values."""
-    values = {key: shown(value) for key, value in values.items()}
-    return telling_name(f"{sweep[:_LONGEST_STEM]}-{index:02}", values)
+    """Returns the name of a trial's run, such as "ablation-20261123-190500-07-fusion_add-seed_2"."""
+    texts = {key: shown(value) for key, value in values.items()}
+    return telling_name(f"{sweep[:_LONGEST_STEM]}-{index:02}", texts)
 
 
 def shown(value: Any) -> str:
@@ -133,18 +136,13 @@ def shown(value: Any) -> str:
 
 
 def values_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's values, by the experiment's keys, from Ray Tune's configuration."""
+    """Returns a trial's values by the experiment's keys, from Ray Tune's configuration."""
     drawn = {key: value for key, value in config.items() if key != LISTED}
-    listed = dict(config.get(LISTED, {}))
-    return {**dict(reversed(listed.items())), **drawn}
+    return {**dict(reversed(config.get(LISTED, {}).items())), **drawn}
 
 
 def best_trial(trials: list[Trial], mode: str) -> Trial | None:
-    """The one with the best value; failed ones never."""
+    """Returns the trial with the best value that has not failed, if any."""
     rated = [trial for trial in trials if trial.best is not None and trial.status != "failed"]
     sign = 1 if mode == "min" else -1
     return min(rated, key=lambda trial: sign * (trial.best or 0.0), default=None)
-
-
-def run_of(trial: Trial) -> RunDirectory:
-    return RunDirectory(paths.runs_dir() / trial.run)

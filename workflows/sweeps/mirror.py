@@ -1,7 +1,7 @@
-"""The one writer of a sweep to MLflow: `python -m workflows.sweeps.mirror FOLDER`, until standard input ends.
+"""Writes a sweep to MLflow: `python -m workflows.sweeps.mirror FOLDER`, until standard input ends.
 
-As a run's own mirror it may lag, die or be killed at any moment: the next one goes on. It ends the parent run
-last, so that a parent that has ended has all its children.
+Like a run's own mirror, it may lag, die or be killed at any moment; the next one goes on. It ends the
+parent run last, so that a parent that has ended has all its children.
 """
 
 import logging
@@ -25,9 +25,9 @@ from workflows.sweeps.directory import SweepDirectory
 if TYPE_CHECKING:
     from workflows.sweeps.mlflow_parent import SweepMirror
 
-# Without an answer. The allocation waits for it, as long as ray_cluster.py says.
+# How long to retry after the end; ray_cluster.py gives the whole mirror about as long.
 _PATIENCE_AFTER_END_S = 30.0
-_WAIT_S = 2.0
+_INTERVAL_S, _LAST_INTERVAL_S = 2.0, 0.5
 _LOCK = "mirror.lock"
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(folder: Path) -> int:
     mlflow_mirror.prepare_mlflow()
     from workflows.sweeps.mlflow_parent import SweepMirror
 
-    # One after the other: the mirror of a job that was killed may still be at its last words.
+    # The mirror of a job that was killed may not have ended yet.
     with file_lock(folder / _LOCK, math.inf):
         try:
             return _follow(SweepMirror(SweepDirectory(folder)))
@@ -50,44 +50,11 @@ def main(folder: Path) -> int:
             return 2
 
 
-def behind(sweep: SweepDirectory) -> int:
-    """Returns how many of the sweep's runs, its parent among them, MLflow does not have as they are here."""
-    runs = [RunDirectory(paths.runs_dir() / run) for trial in sweep.trials() for run in trial.runs]
-    late = sum(mlflow_mirror.behind(run.path) > 0 for run in runs if run.journal_file.exists())
-    # Of a sweep it is the bytes of trials.json with which the parent has ended.
-    size = sweep.trials_file.stat().st_size if sweep.trials_file.exists() else 0
-    return late + (mlflow_state.load(sweep.path).offset != size)
-
-
-def sync(sweep: SweepDirectory) -> None:
-    """Brings all of the sweep to MLflow: its parent and its trials' runs. Raises UserError if that fails."""
-    refusal = f"{sweep.name}: its mirror is at work, nothing to sync"
-    with file_lock(sweep.path / _LOCK, _PATIENCE_AFTER_END_S, refusal):
-        pass
-    command = [sys.executable, "-m", "workflows.sweeps.mirror", str(sweep.path)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or [""])[-1]
-        raise UserError(f"MLflow does not have all of {sweep.name}: {words}")
-
-
-def sweep_of(run: str) -> SweepDirectory | None:
-    """Returns the sweep that a run is part of, if any."""
-    for folder in sorted(paths.sweeps_dir().glob("[!.]*")):
-        sweep = SweepDirectory(folder)
-        try:
-            if any(run in trial.runs for trial in sweep.trials()):
-                return sweep
-        except (OSError, ValueError, TypeError):
-            continue  # another sweep's damage
-    return None
-
-
 def _follow(mirror: "SweepMirror") -> int:
     ended_at = None
     while True:
-        # Asked before reading: what was written before the end is read below.
-        ended = mlflow_mirror.told_end(_WAIT_S if ended_at is None else 0.5)
+        # The end is checked before the files are read, so that nothing written before it is missed.
+        ended = mlflow_mirror.told_end(_INTERVAL_S if ended_at is None else _LAST_INTERVAL_S)
         if ended and ended_at is None:
             ended_at = time.monotonic()
             mlflow_mirror.hurry(os.getpid())
@@ -102,6 +69,38 @@ def _follow(mirror: "SweepMirror") -> int:
             _log.warning("MLflow is away: %s", mlflow_mirror.one_line(error))
             if ended_at is not None and time.monotonic() - ended_at > _PATIENCE_AFTER_END_S:
                 return 1
+
+
+def behind(sweep: SweepDirectory) -> int:
+    """Returns how many of the sweep's runs, including its parent, are not up to date in MLflow."""
+    runs = [RunDirectory(paths.runs_dir() / run) for trial in sweep.trials() for run in trial.runs]
+    late = sum(mlflow_mirror.behind(run.path) > 0 for run in runs if run.journal_file.exists())
+    # A sweep's offset is the size of trials.json when the parent run was ended.
+    return late + (mlflow_state.load(sweep.path).offset != sweep.trials_size())
+
+
+def sync(sweep: SweepDirectory) -> None:
+    """Brings the sweep's parent run and its trials' runs to MLflow. Raises UserError if that fails."""
+    refusal = f"{sweep.name}: its mirror is at work, nothing to sync"
+    with file_lock(sweep.path / _LOCK, _PATIENCE_AFTER_END_S, refusal):
+        pass
+    command = [sys.executable, "-m", "workflows.sweeps.mirror", str(sweep.path)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UserError(f"MLflow does not have all of {sweep.name}: {last_line}")
+
+
+def sweep_of(run: str) -> SweepDirectory | None:
+    """Returns the sweep that has a run of that name, if any."""
+    for folder in sorted(paths.sweeps_dir().glob("[!.]*")):
+        sweep = SweepDirectory(folder)
+        try:
+            if any(run in trial.runs for trial in sweep.trials()):
+                return sweep
+        except UserError:
+            continue  # another sweep is damaged
+    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A sweep in MLflow: a parent run, and the trials' journals under it. Slow to import: see mirror.py."""
+"""A sweep in MLflow: a parent run with the trials' runs below it. Slow to import because of MLflow."""
 
 import csv
 import io
@@ -6,9 +6,9 @@ import json
 import logging
 import os
 import time
-from typing import Any
+from dataclasses import asdict
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from cvae.config import yaml_model
@@ -26,72 +26,68 @@ _log = logging.getLogger(__name__)
 
 
 class SweepMirror:
-    """Methods raise what MLflow raises while it is away, and can be called again at any time."""
+    """Writes a sweep to MLflow. Its methods raise MLflow's errors, and can then be called again."""
 
     def __init__(self, sweep: SweepDirectory):
         self.sweep = sweep
         self.settings = sweep.sweep()
         self.state = mlflow_state.load(sweep.path)
         self.uri = mlflow_state.tracking_uri(self.state)
-        self._pushers: dict[str, Pusher] = {}
         self._client: MlflowClient | None = None
+        self._parent = ""
+        self._pushers: dict[str, Pusher] = {}
         self._refused: set[str] = set()
-        self._told = ""
+        self._logged_state = ""
 
     def push(self) -> None:
+        """Writes what has changed since the last call."""
         client = self._open()
         trials = self.sweep.trials()
         for trial in trials:
             for run in trial.runs:
                 self._push_run(RunDirectory(paths.runs_dir() / run), trial)
-        self._tell_parent(client, trials)
+        self._log_parent(client, trials)
 
     def end(self) -> None:
-        """Says how the sweep ended, as far as it is at an end."""
+        """Ends the parent run and, if they have no end of their own, the trials' runs."""
         client, trials = self._open(), self.sweep.trials()
-        # Of what the parent is ended with, in case that more trials follow.
-        size = self.sweep.trials_file.stat().st_size if self.sweep.trials_file.exists() else 0
+        size = self.sweep.trials_size()  # read before the end: more trials may follow
         for pusher in self._pushers.values():
             pusher.end_unless_ended()
-        over = bool(trials) and all(trial.ended for trial in trials)
-        client.set_terminated(self._parent, "FINISHED" if over else "KILLED")
+        complete = bool(trials) and all(trial.ended for trial in trials)
+        client.set_terminated(self._parent, "FINISHED" if complete else "KILLED")
         self.state.offset = size
         mlflow_state.save(self.sweep.path, self.state)
 
-    @property
-    def _parent(self) -> str:
-        assert self.state.run_id is not None
-        return self.state.run_id
-
     def _open(self) -> MlflowClient:
+        """Returns a client, after it has found or created the parent run."""
         if self._client is not None:
             return self._client
         create_store(self.uri)
         client = MlflowClient(tracking_uri=self.uri)
         experiment = experiment_id(client, self.sweep.experiment().name, self.uri)
-        mark = f"tags.`{_TAG}` = '{self.state.run_dir_id}'"
-        found = client.search_runs([experiment], mark)
-        if found:
-            parent = found[0].info.run_id
-        else:
-            tags = {
-                _TAG: self.state.run_dir_id,
-                "sweep": self.sweep.name,
-                "mlflow.user": os.environ.get("USER") or f"uid {os.getuid()}",
-                "mlflow.source.type": "JOB",
-                "mlflow.source.name": "workflows/sweep.py",
-            }
-            made = client.create_run(experiment, run_name=self.sweep.name, tags=tags)
-            parent = made.info.run_id
-            params = yaml_model.flatten(self.settings.model_dump(mode="json", exclude_unset=True))
-            entities = [Param(key, json.dumps(value)[:500]) for key, value in params.items()]
-            client.log_batch(parent, params=entities)
-            client.log_artifact(parent, str(self.sweep.sweep_file))
-        client.update_run(parent, status="RUNNING")
-        self.state.run_id, self.state.offset = parent, 0
+        runs = client.search_runs([experiment], f"tags.`{_TAG}` = '{self.state.run_dir_id}'")
+        self._parent = (runs[0] if runs else self._create_parent(client, experiment)).info.run_id
+        client.update_run(self._parent, status="RUNNING")
+        self.state.run_id, self.state.offset = self._parent, 0
         mlflow_state.save(self.sweep.path, self.state)
         self._client = client
         return client
+
+    def _create_parent(self, client: MlflowClient, experiment: str) -> Run:
+        tags = {
+            _TAG: self.state.run_dir_id,
+            "sweep": self.sweep.name,
+            "mlflow.user": os.environ.get("USER") or f"uid {os.getuid()}",
+            "mlflow.source.type": "JOB",
+            "mlflow.source.name": "workflows/sweep.py",
+        }
+        run = client.create_run(experiment, run_name=self.sweep.name, tags=tags)
+        keys = yaml_model.flatten(self.settings.model_dump(mode="json", exclude_unset=True))
+        params = [Param(key, json.dumps(value)[:500]) for key, value in keys.items()]
+        client.log_batch(run.info.run_id, params=params)
+        client.log_artifact(run.info.run_id, str(self.sweep.sweep_file))
+        return run
 
     def _push_run(self, run: RunDirectory, trial: Trial) -> None:
         if not run.journal_file.exists():
@@ -111,32 +107,33 @@ class SweepMirror:
                 self._refused.add(run.name)
                 _log.error("%s: %s", run.name, error)
 
-    def _tell_parent(self, client: MlflowClient, trials: list[Trial]) -> None:
-        """Counts and the best so far, where anything has changed."""
+    def _log_parent(self, client: MlflowClient, trials: list[Trial]) -> None:
+        """Logs the counts, the best value and the table of trials, if any has changed."""
         best = best_trial(trials, self.settings.mode)
         ended = [trial for trial in trials if trial.ended]
-        told = json.dumps([best and (best.run, best.best), len(ended), len(trials)])
-        if told == self._told:
+        state = json.dumps([best and (best.run, best.best), len(ended), len(trials)])
+        if state == self._logged_state:
             return
-        now, failed = int(time.time() * 1000), sum(x.status == "failed" for x in ended)
-        points = [
-            Metric("trials/ended", len(ended), now, len(ended)),
-            Metric("trials/failed", failed, now, len(ended)),
-        ]
+        values: dict[str, float] = {
+            "trials/ended": len(ended),
+            "trials/failed": sum(trial.status == "failed" for trial in ended),
+        }
         tags = [RunTag(NOTE, _note(self.sweep, trials, best))]
         if best is not None and best.best is not None:
-            points.append(Metric(f"best/{self.settings.metric}", best.best, now, len(ended)))
+            values[f"best/{self.settings.metric}"] = best.best
             tags.append(RunTag("best_trial", best.run))
-        client.log_batch(self._parent, metrics=points, tags=tags)
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, len(ended)) for name, value in values.items()]
+        client.log_batch(self._parent, metrics=metrics, tags=tags)
         client.log_text(self._parent, _table(trials), "trials.csv")
-        self._told = told
+        self._logged_state = state
 
 
 def _note(sweep: SweepDirectory, trials: list[Trial], best: Trial | None) -> str:
     lines = [f"Sweep `{sweep.name}`: {sum(t.ended for t in trials)} of {len(trials)} trials ended."]
     if best is not None:
-        changed = ", ".join(f"{key} = {value}" for key, value in best.values.items())
-        lines.append(f"Best so far: `{best.run}` with {changed}.")
+        changes = ", ".join(f"{key} = {value}" for key, value in best.values.items())
+        lines.append(f"Best so far: `{best.run}` with {changes}.")
     launches = sweep.launches()
     commands = {"Launched with": f"python {launches[0]['command']}"} if launches else {}
     commands |= {
@@ -147,12 +144,11 @@ def _note(sweep: SweepDirectory, trials: list[Trial], best: Trial | None) -> str
 
 
 def _table(trials: list[Trial]) -> str:
-    text = io.StringIO()
+    """Returns the trials as CSV, with a column for each key of their values."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-    writer = csv.writer(text)
-    writer.writerow(["trial", "run", "status", "epoch", "best", *keys, "reason"])
-    for trial in trials:
-        values: list[Any] = [trial.values.get(key) for key in keys]
-        told = [trial.index, trial.run, trial.status, trial.epoch, trial.best]
-        writer.writerow([*told, *values, trial.reason])
+    columns = ["trial", "run", "status", "epoch", "best", *keys, "reason"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({"trial": trial.index, **asdict(trial), **trial.values} for trial in trials)
     return text.getvalue()

@@ -13,33 +13,29 @@ from cvae.config import yaml_model
 from cvae.config.experiment import Experiment, Name, Positive, load_experiment
 from cvae.config.yaml_model import FromList, Strict
 from cvae.errors import UserError, cut, did_you_mean
-from cvae.metrics import OBJECTIVE, reported_as
+from cvae.metrics import OBJECTIVE, better, reported_as
 
+_MOST_CHECKED = 5_000
+_MOST_TRIALS = 10_000
+_MOST_VALUES = 1_000
+Values = Annotated[list[Any] | None, Field(min_length=1, max_length=_MOST_VALUES)]
 Range = Annotated[tuple[int | float, int | float] | None, FromList]
-# Others would change the weights' shapes, or the batches, under a trial that is half trained.
 MUTABLE = ("optimizer.lr", "optimizer.weight_decay", "model.beta", "model.free_bits")
+"""Keys that may change during training; others change the shapes of the weights, or the batches."""
 METRICS = tuple(
     f"val/{metric.name}" for metric in reported_as("val") if not metric.name.endswith("_se")
 )
-_MOST_CHECKED = 5_000
-# Each is a run of its own, which a driver starts, watches and writes down.
-_MOST_TRIALS = 10_000
-_MOST_VALUES = 1_000
 
 
 class Space(Strict):
-    """What one key may be: exactly one of these."""
+    """The values of one key: exactly one of these."""
 
-    grid: list[Any] | None = Field(
-        None, min_length=1, max_length=_MOST_VALUES, description="each of these values"
-    )
-    choice: list[Any] | None = Field(
-        None, min_length=1, max_length=_MOST_VALUES, description="one of these, at random"
-    )
-    uniform: Range = Field(None, description="between two numbers, both included")
-    loguniform: Range = Field(None, description="the same, even in the logarithm")
+    grid: Values = Field(None, description="each of these values")
+    choice: Values = Field(None, description="one of these values, drawn at random")
+    uniform: Range = Field(None, description="drawn between two numbers, both included")
+    loguniform: Range = Field(None, description="drawn uniformly in the logarithm")
     seeds: Positive | None = Field(
-        None, description="for the key seed: so many, from the experiment's on"
+        None, description="for the key seed: this many seeds, beginning with the experiment's"
     )
 
     @model_validator(mode="after")
@@ -62,49 +58,68 @@ class Space(Strict):
         return [name for name, value in self if value is not None]
 
     def examples(self) -> list[Any]:
-        """All values of a list, the ends of a range; for seeds their number alone is known here."""
+        """Returns all listed values, or the ends of a range; nothing for seeds."""
         return list(self.grid or self.choice or self.uniform or self.loguniform or [])
 
 
 class Search(Strict):
     name: Literal["grid", "random", "optuna"] = Field(
-        "grid", description="grid: every combination; optuna: its model-based sampler (TPE)"
+        "grid",
+        description="grid: every combination; random: draws; optuna: draws of its sampler (TPE), which"
+        " learns from earlier trials",
     )
-    samples: Positive = Field(1, description="draws; each is combined with every grid value")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the draws")
+    samples: Positive = Field(
+        1, description="number of draws, each combined with every combination of grid values"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the draws")
 
 
 class Scheduler(Strict):
     name: Literal["none", "asha", "pbt"] = Field(
         "none",
-        description="asha: stops what lags behind (Li et al. 2020); pbt: what lags behind goes on from the"
-        " weights of what leads, with changed keys (Jaderberg et al. 2017)",
+        description="asha: stops the worst trials early (Li et al. 2020); pbt: the worst trials continue"
+        " from the weights of the best, with changed keys (Jaderberg et al. 2017)",
     )
-    grace_epochs: Positive = Field(1, description="asha: epochs that every trial gets")
+    grace_epochs: Positive = Field(1, description="asha: epochs before a trial may be stopped")
     reduction_factor: Annotated[int, Field(gt=1, le=2**31 - 1)] = Field(
-        4, description="asha: one in so many goes on"
+        4, description="asha: one in this many trials continues"
     )
     every_epochs: Positive = Field(1, description="pbt: epochs between two changes")
     mutate: list[Literal[MUTABLE]] = Field(  # type: ignore[valid-type]
-        [], description="pbt: the keys of the space that may change in mid-run"
+        [], description="pbt: the keys of the space that may change during training"
     )
 
 
 class Sweep(Strict):
-    name: Name
+    name: Name = Field(description="beginning of the names of the sweep and of its runs")
     experiment: str = Field(
-        min_length=1, max_length=1000, description="experiment file, from the project's root"
+        min_length=1, max_length=1000, description="experiment file, relative to the project's root"
     )
-    values: dict[str, Any] = Field({}, description="keys of the experiment that are set for all")
+    values: dict[str, Any] = Field(
+        {}, description="values of keys of the experiment, for all trials"
+    )
     space: dict[str, Space] = Field(min_length=1, description="keys that differ between trials")
     metric: Literal[METRICS] = Field(  # type: ignore[valid-type]
-        OBJECTIVE, description="of the evaluations"
+        OBJECTIVE, description="metric of the evaluations by which trials are judged"
     )
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field(
+        "min", description="better end of the metric; default: as the registry of metrics says"
+    )
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
-    concurrency: Positive | None = Field(None, description="most trials at once; null: all slots")
-    hours: float | None = Field(None, gt=0, le=1e6, description="budget; what runs then is stopped")
+    concurrency: Positive | None = Field(
+        None, description="most trials at once; null: as many as there is room for"
+    )
+    hours: float | None = Field(
+        None, gt=0, le=1e6, description="time after which the running trials are stopped"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _better_end(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and better(str(tree.get("metric"))) == "higher":
+            return {"mode": "max", **tree}
+        return tree
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Sweep":
@@ -145,19 +160,20 @@ class Sweep(Strict):
         return self.search.samples * math.prod(listed)
 
 
-class Loaded(NamedTuple):
+class LoadedSweep(NamedTuple):
     sweep: Sweep
     experiment: Experiment
-    """With the sweep's `values`, before any of the space's."""
+    """The experiment with the sweep's `values`."""
     impossible: list[str]
-    """Why, for each combination of the space that the experiment's schema refuses."""
+    """For each combination of the space that the experiment's schema refuses, why it does."""
 
 
-def load_sweep(file: Path, overrides: list[str], root: Path) -> Loaded:
-    """Reads and checks a sweep file. root: where the experiment's path begins.
+def load_sweep(file: Path, overrides: list[str], root: Path) -> LoadedSweep:
+    """Reads and checks a sweep file.
 
-    overrides: key=value; keys of the sweep file, or of the experiment (these leave the space). Raises UserError
-    with one line: a key that the experiment does not know, a value that it can never take.
+    overrides: key=value for keys of the sweep file, or of the experiment, which are then taken out of
+    the space. root: the folder to which the experiment's path is relative. Raises UserError with one
+    line, such as for a key that the experiment does not have or a value that it can never take.
     """
     own = [word for word in overrides if word.partition("=")[0].split(".")[0] in _OWN_KEYS]
     fixed = [word for word in overrides if word not in own]
@@ -165,32 +181,30 @@ def load_sweep(file: Path, overrides: list[str], root: Path) -> Loaded:
     base = load_experiment(root / sweep.experiment)
     for key, value in sweep.values.items():
         _check(file, "values", key, [value], base)
-    set_by_file = [
-        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in sweep.values.items()
-    ]
-    experiment = load_experiment(root / sweep.experiment, [*set_by_file, *fixed])
+    values = [f"{key}={json.dumps(x, ensure_ascii=False)}" for key, x in sweep.values.items()]
+    experiment = load_experiment(root / sweep.experiment, [*values, *fixed])
     pinned = {word.partition("=")[0].strip() for word in fixed}
-    space = {key: found for key, found in sweep.space.items() if key not in pinned}
+    space = {key: domain for key, domain in sweep.space.items() if key not in pinned}
     if not space:
         raise UserError("command line: every key of the space is given a value; use launch.py")
     if sweep.metric == "val/text_gain" and experiment.model.condition != "text":
         raise UserError(f"{file}: metric = 'val/text_gain' needs model.condition = 'text'")
-    least, epochs = sweep.scheduler.grace_epochs, experiment.training.epochs
-    if sweep.scheduler.name == "asha" and least > epochs:
+    grace, epochs = sweep.scheduler.grace_epochs, experiment.training.epochs
+    if sweep.scheduler.name == "asha" and grace > epochs:
         raise UserError(
-            f"{file}: scheduler.grace_epochs = {least} exceeds training.epochs = {epochs:g}"
+            f"{file}: scheduler.grace_epochs = {grace} exceeds training.epochs = {epochs:g}"
         )
-    gone = [key for key in sweep.scheduler.mutate if key not in space]
-    if gone:
-        raise UserError(f"command line: {gone[0]} is among scheduler.mutate and cannot be fixed")
+    for key in sweep.scheduler.mutate:
+        if key not in space:
+            raise UserError(f"command line: {key} is among scheduler.mutate and cannot be fixed")
     sweep = sweep.model_copy(update={"space": space})
-    for key, found in space.items():
-        _check(file, "space", key, found.examples(), experiment)
-    return Loaded(sweep, experiment, _impossible(sweep, experiment))
+    for key, domain in space.items():
+        _check(file, "space", key, domain.examples(), experiment)
+    return LoadedSweep(sweep, experiment, _impossible(sweep, experiment))
 
 
 def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
-    """A trial's experiment. Raises UserError where these values do not go together."""
+    """Returns a trial's experiment. Raises UserError if these values do not fit together."""
     return yaml_model.replaced(experiment, values)
 
 
