@@ -2,7 +2,7 @@
 
     python workflows/sweep.py SWEEP.yaml [--nodes N --gpus G] [--gpus-per-trial F] [--cluster NAME]
                               [--address HOST:PORT] [--name SWEEP] [--dry-run] [--detach] [key=value …]
-    python workflows/sweep.py --resume SWEEP [--force]     goes on with it, or watches it where it still runs
+    python workflows/sweep.py --resume SWEEP [--force]     continues a sweep, or watches it if it still runs
     python workflows/sweep.py --cancel SWEEP
 
 Exit status: 0 all trials have ended, 1 the sweep (or every trial) failed, 2 bad input (nothing is written), 3
@@ -13,7 +13,7 @@ import argparse
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cvae import command_line
 from cvae.command_line import Parser, files_and_overrides, positive
@@ -26,9 +26,12 @@ from slurm import attempts, cluster_file, job_state
 from workflows.jobs.job_options import add_time
 from workflows.sweeps.directory import SweepDirectory
 from workflows.sweeps.sweep_file import load_sweep
-from workflows.terminal.formatting import aligned, shown
+from workflows.terminal.formatting import Fact, aligned, shown
 
-# More than a driver gets that is told to stop, and Ray and the mirror after it.
+if TYPE_CHECKING:
+    from workflows.sweeps.submission import Allocation
+
+# Longer than the driver, Ray and the mirror need to end after they are told to.
 _SAVE_PATIENCE_S = 150.0
 
 
@@ -39,33 +42,33 @@ def parser() -> Parser:
         nargs="*",
         metavar="SWEEP.yaml | key=value",
         help="the sweep's file, and values that replace its own (search.samples=4) or its experiment's"
-        " (training.epochs=2; a key of the space then has that one value)",
+        " (training.epochs=2; a key of the space then has only that value)",
     )
     parser.add_argument("--nodes", type=positive, metavar="N", help="default: 1")
     parser.add_argument(
         "--gpus",
         type=positive,
         metavar="G",
-        help="in total (default: on SLURM one per node, here all GPUs, or else cores)",
+        help="in total (default: one per node on SLURM; here all GPUs, or else all cores)",
     )
     parser.add_argument(
         "--gpus-per-trial",
-        type=_share,
+        type=_gpu_share,
         metavar="F",
         help="default: 1; 0.5 puts two trials on a GPU, 2 gives each trial two ranks",
     )
     parser.add_argument("--cluster", metavar="NAME", help="as for launch.py")
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", help="a Ray cluster that is there already"
-    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster that runs already")
     parser.add_argument("--name", metavar="SWEEP", help="default: the file's name and the time")
-    parser.add_argument("--resume", metavar="SWEEP", help="continue a sweep; `latest` is one, too")
+    parser.add_argument("--resume", metavar="SWEEP", help="continue a sweep, or the `latest` one")
     parser.add_argument(
         "--force",
         action="store_true",
         help="with --resume: even if it is not known whether the sweep's last job has ended",
     )
-    parser.add_argument("--cancel", metavar="SWEEP", help="end a sweep; its trials save first")
+    parser.add_argument(
+        "--cancel", metavar="SWEEP", help="end a sweep; its trials save checkpoints first"
+    )
     add_time(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
     parser.add_argument("--detach", action="store_true", help="submit and do not wait")
@@ -77,30 +80,30 @@ def main(arguments: list[str]) -> int:
     if options.cancel:
         return _cancel(SweepDirectory.open(options.cancel))
     if options.resume:
-        return _resumed(SweepDirectory.open(options.resume), options)
+        return _resume(SweepDirectory.open(options.resume), options)
     files, overrides = files_and_overrides(options.words)
     if len(files) != 1:
         raise UserError("name one sweep file, as configs/sweeps/demo.yaml; overrides are key=value")
     check_new_name(options.name)
     loaded = load_sweep(Path(files[0]), overrides, paths.PROJECT_ROOT)
-    seats, where = _seats(options, loaded.experiment)
+    allocation, where = _allocate(options, loaded.experiment)
     name = options.name or free_name(loaded.sweep.name, paths.sweeps_dir())
 
     from workflows.jobs.submission import locked
     from workflows.sweeps import live_view, submission
 
-    facts = submission.facts_of(loaded, seats, name)
+    facts = submission.plan_facts(loaded, allocation, name)
     origin = " ".join([shown(Path(files[0])), *overrides])
     start = [("sweep", f"{name}, from {origin}"), ("experiment", loaded.sweep.experiment)]
     print(aligned([*start, *where, *facts]), flush=True)
     if options.dry_run:
-        script = submission.sbatch_script(name, seats)
-        print(f"\n{script}" if script else "\n(dry run: nothing was started)")
+        script = submission.sbatch_script(name, allocation)
+        print(f"\n{script or '(dry run: nothing was started)'}")
         return 0
     sweep = SweepDirectory.create(name, loaded.sweep, loaded.experiment)
     try:
         with locked(sweep.path):
-            submission.submit(sweep, seats, options.address)
+            submission.submit(sweep, allocation)
     except BaseException:
         if not sweep.submissions():
             shutil.rmtree(sweep.path, ignore_errors=True)
@@ -112,16 +115,16 @@ def main(arguments: list[str]) -> int:
     return live_view.follow(sweep)
 
 
-def _resumed(sweep: SweepDirectory, options: Any) -> int:
+def _resume(sweep: SweepDirectory, options: Any) -> int:
     from workflows.jobs.submission import locked
     from workflows.sweeps import live_view
 
     with locked(sweep.path):
-        watch = _resume(sweep, options)
-    return live_view.follow(sweep) if watch else 0
+        is_to_be_watched = _resubmit(sweep, options)
+    return live_view.follow(sweep) if is_to_be_watched else 0
 
 
-def _resume(sweep: SweepDirectory, options: Any) -> bool:
+def _resubmit(sweep: SweepDirectory, options: Any) -> bool:
     """Submits the sweep unless it runs or is finished. Returns whether it is to be watched."""
     if options.words:
         raise UserError(
@@ -130,35 +133,36 @@ def _resume(sweep: SweepDirectory, options: Any) -> bool:
     from workflows.jobs.submission import unknown
     from workflows.sweeps import live_view, mirror, submission
 
-    last = sweep.submissions()[-1] if sweep.submissions() else None
-    job = job_state.look(last) if last is not None else None
-    if last is not None and job is not None and job.phase == "unknown" and not options.force:
-        raise UserError(unknown(sweep.name, last, job))
-    if last is not None and job is not None and job.alive:
-        print(f"{sweep.name} is at work ({last.where})", flush=True)
-        return True
-    if last is not None and live_view.is_finished(sweep):
-        print(f"{sweep.name} is finished: {len(sweep.trials())} trials", flush=True)
-        mirror.sync(sweep)  # what MLflow may have missed at the end
-        return False
-    if last is not None:
-        options.address = options.address or sweep.launches()[-1]["address"]
-        options.gpus_per_trial = options.gpus_per_trial or sweep.launches()[-1]["gpus_per_trial"]
-    if last is not None and options.address is None:
-        options.nodes = options.nodes or last.nodes
-        options.gpus = options.gpus or last.gpus
-        options.cluster = options.cluster or last.cluster
-    seats, where = _seats(options, sweep.experiment())
+    if submissions := sweep.submissions():
+        last = submissions[-1]
+        job = job_state.look(last)
+        if job.phase == "unknown" and not options.force:
+            raise UserError(unknown(sweep.name, last, job))
+        if job.alive:
+            print(f"{sweep.name} is running ({last.where})", flush=True)
+            return True
+        if live_view.is_finished(sweep):
+            print(f"{sweep.name} is finished: {len(sweep.trials())} trials", flush=True)
+            mirror.sync(sweep)  # writes what MLflow may have missed at the end
+            return False
+        launch = sweep.launches()[-1]
+        options.address = options.address or launch["address"]
+        options.gpus_per_trial = options.gpus_per_trial or launch["gpus_per_trial"]
+        if options.address is None:
+            options.nodes = options.nodes or last.nodes
+            options.gpus = options.gpus or last.gpus
+            options.cluster = options.cluster or last.cluster
+    allocation, where = _allocate(options, sweep.experiment())
     print(aligned([("sweep", sweep.name), *where]), flush=True)
-    submission.submit(sweep, seats, options.address)
+    submission.submit(sweep, allocation)
     return not options.detach
 
 
 def _cancel(sweep: SweepDirectory) -> int:
-    if not sweep.submissions():
-        raise UserError(f"{sweep.name} was never submitted")
     from workflows.jobs.submission import locked
 
+    if not sweep.submissions():
+        raise UserError(f"{sweep.name} was never submitted")
     with locked(sweep.path):
         last = sweep.submissions()[-1]
         if job_state.look(last).phase == "ended":
@@ -166,41 +170,41 @@ def _cancel(sweep: SweepDirectory) -> int:
         attempts.mark_cancelled(sweep.logs, last.job_id)
     job = job_state.end(last, _SAVE_PATIENCE_S, lambda text: print(text, flush=True))
     if job.phase != "ended":
-        print(
-            f"{sweep.name}: whether {last.where} has ended is not known: {job.reason or job.slurm_state}"
-        )
+        reason = job.reason or job.slurm_state
+        print(f"{sweep.name}: whether {last.where} has ended is not known: {reason}")
         return 1
     print(f"cancelled {sweep.name} at {time.strftime('%H:%M:%S')}")
     return 0
 
 
-def _seats(options: Any, experiment: Experiment) -> tuple[Any, Any]:
+def _allocate(options: Any, experiment: Experiment) -> "tuple[Allocation, list[Fact]]":
+    """Returns where the sweep runs, and a description of it. Raises UserError if that is impossible."""
     # Before torch is imported, which takes seconds.
     open_store(experiment.data.name, experiment.data.image_size)
     from workflows.jobs.plan import locate
-    from workflows.sweeps.submission import Seats, check_seats
+    from workflows.sweeps.submission import Allocation
 
+    gpus_per_trial = options.gpus_per_trial or 1.0
     if options.address is not None:
         if options.cluster or options.nodes or options.gpus:
             raise UserError("--address: the Ray cluster there has its own nodes and GPUs")
         # Only the driver runs here.
         place, placement, _ = locate(cluster_file.Placement(1, 1), "local", options.dry_run)
-        seats = Seats(place, placement, options.gpus_per_trial or 1.0)
-        return seats, [("where", f"the Ray cluster at {options.address}, its driver here")]
-    place = cluster_file.choose(options.cluster)
+        where = f"the Ray cluster at {options.address}, its driver here"
+        return Allocation(place, placement, gpus_per_trial, options.address), [("where", where)]
     nodes = options.nodes or 1
-    many = 4096 if place.config.executor == "local" else nodes
-    asked = cluster_file.split(nodes, options.gpus or many)
+    is_local = cluster_file.choose(options.cluster).config.executor == "local"
+    requested = cluster_file.split(nodes, options.gpus or (4096 if is_local else nodes))
     time_limit = cluster_file.TimeLimit(options.time)
-    place, placement, where = locate(asked, options.cluster, options.dry_run, time_limit)
+    place, placement, facts = locate(requested, options.cluster, options.dry_run, time_limit)
     if options.gpus is None:
-        where = [(name, text.splitlines()[0]) for name, text in where]
-    seats = Seats(place, placement, options.gpus_per_trial or 1.0)
-    check_seats(seats, place.config.executor == "slurm" or cluster_file.gpus_here() > 0)
-    return seats, where
+        facts = [(name, text.splitlines()[0]) for name, text in facts]
+    allocation = Allocation(place, placement, gpus_per_trial)
+    allocation.check(has_gpus=not is_local or cluster_file.gpus_here() > 0)
+    return allocation, facts
 
 
-def _share(text: str) -> float:
+def _gpu_share(text: str) -> float:
     try:
         share = float(text)
     except ValueError:

@@ -157,9 +157,9 @@ def test_sweeps_have_the_same_rule(home: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"s: whether process 12 on other still runs .*--force"):
         sweep.main(["--resume", "s"])
 
-    def seats(options: Any, experiment: Any) -> Any:
+    def allocate(options: Any, experiment: Any) -> Any:
         raise UserError("went on")
 
-    monkeypatch.setattr(sweep, "_seats", seats)
+    monkeypatch.setattr(sweep, "_allocate", allocate)
     with pytest.raises(UserError, match="went on"):
         sweep.main(["--resume", "s", "--force"])
