@@ -58,3 +58,28 @@ def test_make_install_takes_the_build_of_pytorch(
     assert expected in done.stdout
     # The chosen build is there before anything that needs a PyTorch is installed.
     assert done.stdout.index(expected) < done.stdout.index("--editable")
+
+
+def test_a_wheel_holds_the_templates(tmp_path: Path) -> None:
+    """setuptools lists the files that it would put into a wheel of a copy of the packages."""
+    for folder in ("cvae", "slurm", "workflows", "analysis"):
+        shutil.copytree(
+            PROJECT_ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(PROJECT_ROOT / name, tmp_path)
+    build = "from setuptools import setup; setup(script_args=['-q', 'build_py', '-d', 'built'])"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True)
+    sources = {
+        path.relative_to(tmp_path)
+        for top in ("cvae", "slurm", "workflows", "analysis")
+        for path in (tmp_path / top).rglob("*")
+        if path.is_file()
+    }
+    built = {
+        path.relative_to(tmp_path / "built")
+        for path in (tmp_path / "built").rglob("*")
+        if path.is_file()
+    }
+    assert built == sources
+    assert Path("analysis/templates/report.html.j2") in built

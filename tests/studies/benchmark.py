@@ -1,4 +1,4 @@
-"""Measures how fast training is, beside its own limit and beside other loops, on the machine that trains.
+"""Measures how fast training is, compared with its own limit and with other loops, on the machine that trains.
 
     python -m tests.studies.benchmark [EXPERIMENT …] [key=value …] [--nodes N --gpus G] [--cluster NAME]
                                   [--against PEER …] [--coco DIR] [--only WHAT …]

@@ -1,9 +1,10 @@
-"""Measures how far both engines follow one curve: `python -m tests.studies.engine_curves [curves] [resume]`.
+"""Measures how far DDP and the ZeRO stages deviate from one loss curve, also after resuming; prints tables.
 
-It prints tables after some 20 minutes. Several trainings share the same processes (each rank runs
-`python -m tests.studies.engine_curves ranks FOLDER`), because starting processes would take longer than training.
+Several trainings share the same processes (each rank runs `python -m tests.studies.engine_curves ranks FOLDER`),
+because starting processes would take longer than training.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -229,12 +230,21 @@ def _batch_of_64(engine: str, world_size: int, parts: int) -> dict[str, Any]:
     return plain(engine, global_batch_size=64, micro_batch_size=micro)
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.studies.engine_curves", description=__doc__
+    )
+    parser.add_argument("tables", nargs="*", help="curves, resume (default: both)")
+    return parser
+
+
 def _main() -> None:
+    tables = {"curves": curves_table, "resume": resume_table}
+    chosen = parser().parse_args().tables
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"CVAE_HOME": home, "OMP_NUM_THREADS": "1"}
         write_store(Path(home), captioned=False, sizes=(200, 21))
-        tables = {"curves": curves_table, "resume": resume_table}
-        for table in [tables[name] for name in sys.argv[1:]] or tables.values():
+        for table in [tables[name] for name in chosen] or tables.values():
             print(f"\n{table.__doc__}\n")
             for line in table(Path(home)):
                 print(line, flush=True)

@@ -1,8 +1,8 @@
-"""Injects random faults into one run: `python -m tests.studies.fault_campaign --faults N --seed S`.
+"""Injects random faults into one run on the test cluster, and checks that nothing is lost.
 
-Prints a row a fault as Markdown, and in the end whether the weights are those of a run without faults, and
-whether journal and MLflow have every step once. Exit status 1 where not. After a fault the campaign repairs what
-it has broken, as a site does; the run is never touched.
+Prints a Markdown row per fault, then whether the weights equal those of a run without faults, and whether journal
+and MLflow have every step once; exits with 1 if not. After a fault the campaign repairs what it has broken, as a
+site does; it never touches the run.
 """
 
 import argparse
@@ -35,12 +35,18 @@ from workflows.jobs.submission import submit
 _STEPS_PER_FAULT, _PATIENCE_S = 2000, 300.0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.studies.fault_campaign", description=__doc__
+    )
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     cluster = Cluster()
     if cluster.shape() is not None:

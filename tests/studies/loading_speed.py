@@ -1,15 +1,15 @@
-"""How fast many runs load: `python -m tests.studies.loading_speed [RUNS] [STEPS]` (default 1000 × 10,000).
+"""Measures how fast analysis.runs() and analysis.curves() load many runs: cold, from the cache, from MLflow.
 
-Writes run folders whose journals have that many points, then the same points as MLflow's database, in a temporary
-home, and prints the seconds that analysis.runs() and analysis.curves() take: cold, from the cache, from MLflow.
+Writes run folders whose journals have many points, and then the same points as MLflow's database, in a temporary
+home, and prints the seconds.
 """
 
+import argparse
 import json
 import os
 import resource
 import shutil
 import sqlite3
-import sys
 import tempfile
 import time
 import uuid
@@ -21,6 +21,15 @@ from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from cvae.tracking import mlflow_mirror
 from tests.conftest import tiny_experiment
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.studies.loading_speed", description=__doc__
+    )
+    parser.add_argument("runs", nargs="?", type=int, default=1000)
+    parser.add_argument("steps", nargs="?", type=int, default=10_000)
+    return parser
 
 
 def main(n_runs: int, n_steps: int) -> None:
@@ -75,7 +84,7 @@ def write_runs(n_runs: int, n_steps: int) -> RunDirectory:
 
 
 def fill_mlflow(first: RunDirectory, home: Path, n_runs: int, n_steps: int) -> None:
-    """One run as the mirror brings it, and its rows once for each of the others."""
+    """Writes one run as the mirror does, and copies its rows for each of the others."""
     text = first.journal_file.read_text().splitlines(keepends=True)
     first.journal_file.write_text("".join(text[:2]))
     mlflow_mirror.sync(first.path, lambda lines: None)
@@ -108,5 +117,5 @@ def ident(number: int) -> str:
 
 
 if __name__ == "__main__":
-    asked = [int(word) for word in sys.argv[1:]]
-    main(*(asked + [1000, 10_000][len(asked) :]))
+    options = parser().parse_args()
+    main(options.runs, options.steps)

@@ -1,11 +1,10 @@
-"""Does every system learn? Trains each on 32 image-caption pairs through launch.py; prints a table of PSNRs.
+"""Measures whether every combination overfits 32 image-caption pairs; trains by launch.py, prints PSNRs.
 
-    python -m tests.studies.overfit_table [BACKBONE …]
-
-By hand, on a prepared COCO at 64×64 (encoded by minilm) in $CVAE_HOME: an hour on two cores. The models are
-narrow; what counts is that each combination remembers what it has seen.
+It needs COCO prepared at 64×64 (encoded by minilm) in $CVAE_HOME. The models are narrow: the question is whether
+each combination can reproduce its training images.
 """
 
+import argparse
 import itertools
 import subprocess
 import sys
@@ -33,6 +32,16 @@ BACKBONES = {
 FUSIONS = ("concat", "add", "film")
 PRIORS = ("standard", "text")
 LIKELIHOODS = ("gaussian", "optimal_gaussian", "bernoulli")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.studies.overfit_table", description=__doc__
+    )
+    parser.add_argument(
+        "backbones", nargs="*", metavar="BACKBONE", help=f"default: {', '.join(BACKBONES)}"
+    )
+    return parser
 
 
 def main(backbones: list[str]) -> None:
@@ -92,4 +101,4 @@ def psnr(name: str) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(BACKBONES))
+    main(parser().parse_args().backbones or list(BACKBONES))

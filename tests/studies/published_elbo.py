@@ -1,14 +1,12 @@
-"""Does our loop learn what the paper's learns in as many steps? Prints validation −ELBOs side by side.
+"""Compares the validation −ELBO of our loop with that of the paper's after the same number of steps.
 
-    python -m tests.studies.published_elbo DIR [STEPS] [SEEDS]
-
-By hand, on an official COCO download and its prepared store at 64×64 (minilm) in $CVAE_HOME: minutes on two cores.
-The paper's loop, in our own words: JPEGs decoded whole and resized, fp32, torch's Adam, shuffled epochs, a caption
-and noise by torch's generator. Ours is cvae.training.train in bf16 with the same initial weights; the images
-that are evaluated are the store's for both.
+It needs an official COCO download and its store, prepared at 64×64 (minilm) in $CVAE_HOME. The paper's loop is
+written anew: JPEGs decoded whole and resized, fp32, torch's Adam, shuffled epochs, captions and noise from torch's
+generator. Ours is cvae.training.train in bf16 with the same initial weights. Both are evaluated on the store's
+images.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +28,16 @@ from cvae.training.train import train
 from tests.conftest import PROJECT_ROOT
 
 _OPTIONS = ["data.text_encoder=minilm", "data.fraction=1.0", "training.eval_every=1000000"]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.studies.published_elbo", description=__doc__
+    )
+    parser.add_argument("coco", type=Path, metavar="DIR", help="an official MS COCO download")
+    parser.add_argument("steps", nargs="?", type=int, default=60)
+    parser.add_argument("seeds", nargs="?", type=int, default=3)
+    return parser
 
 
 def main(coco: Path, steps: int, seeds: int) -> None:
@@ -96,5 +104,5 @@ def _decoded_whole(coco: Path, ids: list[int], size: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    folder, *numbers = sys.argv[1:]
-    main(Path(folder), *[int(number) for number in (*numbers, *(60, 3)[len(numbers) :])])
+    options = parser().parse_args()
+    main(options.coco, options.steps, options.seeds)

@@ -1,9 +1,10 @@
-"""The model of scale beside what two hosts measure over a throttled link: `python -m tests.studies.scaling_check`.
+"""Compares the model of scale with measurements of two hosts over a throttled link.
 
-Prints Markdown: images a second of two ranks on two hosts of the test cluster, as measured and as
+Prints Markdown: images per second of two ranks on two hosts of the test cluster, as measured and as
 workflows/jobs/scaling_model.py predicts from one rank's rate. Exits with 1 if one is off by more than 15 %.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -29,6 +30,12 @@ _OPTIONS = [
     "data.text_encoder=toy",
     "model.conv.width=64",
 ]
+
+
+def parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="python -m tests.studies.scaling_check", description=__doc__
+    )
 
 
 def main() -> int:
@@ -77,4 +84,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    parser().parse_args()
     sys.exit(main())
