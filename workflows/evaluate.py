@@ -31,6 +31,7 @@ from cvae.run import journal
 from cvae.run.code_snapshot import CodeSnapshot
 from cvae.run.directory import RunDirectory
 from slurm import cluster_file
+from slurm.attempts import Cause
 from slurm.cluster_file import Place, Placement, TimeLimit
 from slurm.commands import JobState
 from slurm.executors import Job
@@ -129,8 +130,8 @@ def _evaluate(
         result.failure is None and all(map(_is_measured, requests))
     ):
         return 0
-    if result.failure is not None and result.failure.bad_input:
-        raise UserError(result.failure.how)
+    if result.failure is not None and result.failure.end.cause is Cause.BAD_INPUT:
+        raise UserError(result.failure.end.message)
     print(f"{result.submission.where} failed: {result.cause}; log: {result.log}")
     return 1
 

@@ -1,8 +1,8 @@
-"""MLflow's view of a run, kept by a process of its own beside rank 0.
+"""The mirror: a process next to rank 0 that carries a run's journal to MLflow.
 
-MLflow's imports, its HTTP and its database take seconds and hold the interpreter's lock; the training
-loop should feel none of it. The trainer writes the journal and nothing else. The mirror follows the
-journal and may lag, die or be killed at any moment: mlflow.json says from where to go on.
+MLflow's imports, its HTTP and its database take seconds and hold the interpreter's lock, so the trainer
+writes nothing but the journal. The mirror may lag, die or be killed at any moment: mlflow.json records
+how far it got.
 """
 
 import logging
@@ -18,49 +18,45 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
 from cvae.files.file_lock import file_lock
 from cvae.redaction import guard_output, without_password, without_secrets
 from cvae.tracking.mlflow_state import behind
 
-if TYPE_CHECKING:
-    from cvae.tracking.mlflow_push import Pusher
-
 __all__ = ["Mirror", "behind", "start_mirror", "sync"]
 
-_POLL = 1.5  # seconds
-_LONGEST_WAIT = 8.0  # between two attempts while MLflow is away
-_PATIENCE_AFTER_END = 60.0  # without an answer; the trainer, if it still lives, usually has less
+_POLL_S = 1.5
+_LONGEST_WAIT_S = 8.0  # between two attempts while MLflow is away
 
 _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The mirror's process. Nothing that happens to it reaches the trainer."""
+    """The mirror's process, as its trainer sees it. None of its failures reaches the trainer."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._process = self._start()
 
     def finish(self, timeout_s: float) -> int:
-        """Tells the mirror that the journal has ended and waits until it has caught up.
+        """Waits until the mirror has brought the rest of the journal, which has ended, to MLflow.
 
         Returns the number of journal lines that MLflow does not have; `sync` can bring them later.
         """
         deadline = time.monotonic() + timeout_s
         try:
             if self._process is None or self._process.poll() is not None:
-                _log.warning("the MLflow mirror had died (%s)", self._log_file)
+                _log.warning("the MLflow mirror had died (%s)", _log_file(self._run_dir))
                 self._process = self._start()
             if self._process is not None:
                 hurry(self._process.pid)
-                self._say_end(self._process)
+                assert self._process.stdin is not None
+                with suppress(BrokenPipeError):
+                    self._process.stdin.close()
                 self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             assert self._process is not None
-            # It survives that by design.
             self._process.kill()
             self._process.wait()
         except OSError as error:
@@ -71,20 +67,16 @@ class Mirror:
             _log.warning("MLflow: %s", error)
             return 0
 
-    @property
-    def _log_file(self) -> Path:
-        return _log_file(self._run_dir)
-
     def _start(self) -> "subprocess.Popen[bytes] | None":
         try:
-            with open(self._log_file, "ab") as log:
+            with open(_log_file(self._run_dir), "ab") as log:
                 return subprocess.Popen(
                     [sys.executable, "-m", "cvae.tracking.mlflow_mirror", str(self._run_dir)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    # Ctrl-C and the signals of a launcher are for the trainer; the mirror hears the
-                    # news from it, or from the end of the pipe should the trainer be killed.
+                    # Signals are for the trainer. The mirror ends when the trainer closes the pipe,
+                    # or when the trainer is killed.
                     start_new_session=True,
                     env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
                 )
@@ -92,31 +84,22 @@ class Mirror:
             _log.warning("no MLflow mirror: %s", error)
             return None
 
-    @staticmethod
-    def _say_end(process: "subprocess.Popen[bytes]") -> None:
-        assert process.stdin is not None
-        try:
-            process.stdin.write(b"end\n")
-            process.stdin.close()
-        except BrokenPipeError:
-            pass
-
 
 def start_mirror(run_dir: Path) -> Mirror:
-    """Starts the mirror of a run's journal; its own log is logs/mlflow.log in the run directory."""
+    """Starts the mirror of a run's journal; its log is logs/mlflow.log in the run's folder."""
     return Mirror(Path(run_dir))
 
 
 def sync(run_dir: Path, progress: Callable[[int], object]) -> None:
-    """Brings all of the journal to MLflow, for a run whose mirror could not.
+    """Brings the whole journal to MLflow, for a run whose mirror could not.
 
-    `progress` hears how many lines have arrived since it was called last, of `behind(run_dir)` in
-    all. Raises UserError where MLflow does not answer, or where a mirror is at work.
+    `progress` is called with the number of lines that have arrived since the last call, of
+    `behind(run_dir)` in all. Raises UserError if MLflow does not respond or a mirror is at work.
     """
     prepare_mlflow()
     from cvae.tracking.mlflow_push import Pusher
 
-    with _alone(run_dir, wait=False):
+    with _lock(run_dir, 0.0):
         pusher = Pusher(run_dir)
         try:
             pusher.push(progress)
@@ -129,96 +112,100 @@ def sync(run_dir: Path, progress: Callable[[int], object]) -> None:
 
 
 def main(run_dir: Path) -> int:
-    """Follows the journal until standard input says or is at its end; exit status 0: all is there."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    step_back()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    guard_output()
+    """Follows the journal until standard input ends. Returns the exit status, 0 if MLflow has all of it."""
+    set_up_process()
     _log.info("loading MLflow")
-    prepare_mlflow()
     from cvae.tracking.mlflow_push import Pusher
 
-    with _alone(run_dir, wait=True):
+    with _lock(run_dir, math.inf):
         try:
-            return _follow(Pusher(run_dir))
+            pusher = Pusher(run_dir)
+            _log.info("mirroring to %s", without_password(pusher.uri))
+            return follow(pusher.push, pusher.end_unless_ended, patience_s=60.0)
         except UserError as error:
             _log.error("error: %s", error)
             return 2
 
 
-def step_back() -> None:
-    """Leaves the cores to others: what follows is no hurry."""
+def set_up_process() -> None:
+    """Prepares a mirror's process: it ignores signals, leaves the cores to others, and logs to stderr."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    # Linux weighs sessions against each other, and only within one by its processes' niceness. A session that
-    # is not this process's own is somebody's terminal.
+    # Linux weighs sessions against each other, and niceness only within one. If this process does not
+    # lead its session, that is somebody's terminal.
     if os.getsid(0) == os.getpid():
-        with suppress(OSError):
-            Path("/proc/self/autogroup").write_text("10")
+        _weigh_session(os.getpid(), 10)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    guard_output()
+    prepare_mlflow()
 
 
 def hurry(pid: int) -> None:
-    """Gives a mirror its share of the cores again: the training is over, and somebody waits.
+    """Gives a mirror its full share of the cores: the training is over, and somebody waits.
 
-    It leads its session. Its niceness cannot be taken back, but among sessions that does not count.
+    Its niceness cannot be taken back, but among sessions that does not count.
     """
     with suppress(OSError):
         if os.getsid(pid) == pid:
-            Path(f"/proc/{pid}/autogroup").write_text("0")
+            _weigh_session(pid, 0)
 
 
-def _follow(pusher: "Pusher") -> int:
+def _weigh_session(pid: int, nice: int) -> None:
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
+
+
+def follow(push: Callable[[], object], end: Callable[[], object], patience_s: float) -> int:
+    """Calls `push` again and again and, once standard input has ended, `end`.
+
+    Returns 0, or 1 if MLflow did not respond for `patience_s` after the end of the input. Raises
+    UserError if `push` or `end` does.
+    """
     away_since: float | None = None
+    ended_at: float | None = None
     noticed = False
     wait = 0.0
-    _log.info("mirroring to %s", without_password(pusher.uri))
     while True:
-        # Asked before reading: what was written before the end was told is read below.
-        ended = told_end(wait)
+        # Checked before reading: everything that was written before the end is then read.
+        if ended_at is not None:
+            time.sleep(wait)
+        elif select.select([sys.stdin], [], [], wait)[0]:
+            ended_at = time.monotonic()
+            hurry(os.getpid())
         try:
-            pusher.push()
-            if ended:
-                pusher.end_unless_ended()
+            push()
+            if ended_at is not None:
+                end()
                 return 0
-            wait = _POLL
             if noticed:
                 _log.info("MLflow is back, after %.0f s", time.monotonic() - (away_since or 0))
-            away_since, noticed = None, False
+            wait, away_since, noticed = _POLL_S, None, False
         except UserError:
             raise
         except Exception as error:
             now = time.monotonic()
             if away_since is None:
-                # A first failure may be no more than a connection that was idle for too long.
+                # A first failure may be only a connection that was idle for too long.
                 away_since, wait = now, 0.5
-            elif not noticed:
+                continue
+            if not noticed:
                 noticed = True
                 _log.warning("MLflow is away: %s", one_line(error))
-            if ended and now - away_since > _PATIENCE_AFTER_END:
-                _log.error(
-                    "giving up; `python workflows/runs.py sync %s` brings the rest",
-                    pusher.run_dir.name,
-                )
+            if ended_at is not None and now - max(ended_at, away_since) > patience_s:
+                _log.error("giving up: %s", one_line(error))
                 return 1
-            if ended:
-                time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
-def told_end(timeout: float) -> bool:
-    """Waits so many seconds; whether standard input has said something, or ended."""
-    readable, _, _ = select.select([sys.stdin], [], [], timeout)
-    return bool(readable)
-
-
-def _alone(run_dir: Path, wait: bool) -> AbstractContextManager[None]:
-    """One process at a time pushes a run; a mirror outlives its killed trainer for some moments."""
+def _lock(run_dir: Path, patience_s: float) -> AbstractContextManager[None]:
+    """Lets one process at a time push a run; a mirror outlives its killed trainer for some moments."""
     refusal = f"{run_dir.name}: its mirror is at work, nothing to sync"
-    return file_lock(_log_file(run_dir), math.inf if wait else 0.0, refusal)
+    return file_lock(_log_file(run_dir), patience_s, refusal)
 
 
-def newest_word(run_dir: Path) -> str:
-    """Returns the last line of the mirror's log: what it is doing, or why it cannot."""
+def last_log_line(run_dir: Path) -> str:
+    """Returns the last line of the mirror's log, without its time; "" if there is none."""
     try:
         with open(Path(run_dir) / "logs" / "mlflow.log", "rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 1000))
@@ -235,23 +222,26 @@ def _log_file(run_dir: Path) -> Path:
 
 
 def prepare_mlflow() -> None:
-    """What has to be said to MLflow before it is imported by a mirror."""
-    # The pusher repeats what failed. MLflow's own repetitions would also create a run twice.
+    """Sets the variables and filters that MLflow reads when it is imported."""
+    # The pusher repeats what failed. MLflow's own retries would also create a run twice.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # MLflow prints a traceback whenever its database is busy; the mirror says it in one line.
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # A bar on the terminal stays whole.
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # MLflow prints a traceback whenever its database is busy; the mirror logs one line.
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    # Warnings would split a progress bar on the terminal.
     warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic)\b")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def one_line(error: Exception) -> str:
-    """What MLflow says, on one line of at most 300 characters and without a password."""
+    """Returns MLflow's message as one line of at most 300 characters, without passwords."""
     return without_secrets(" ".join(str(error).split()))[:300]
 
 

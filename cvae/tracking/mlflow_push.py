@@ -1,9 +1,9 @@
 """Brings journal lines to MLflow, each once. Importing this takes seconds: see mlflow_mirror.py.
 
-Every call may be cut off before or after the store has done it, and is then made again. That is
-harmless because each is idempotent: MLflow's SQL store takes (run, key, time, step, value) as a
-point's identity and drops a second one; params, tags, status and dataset inputs overwrite; pictures
-and artifacts have fixed names; the run itself carries a tag by which it is looked up first.
+A call may be cut off before or after the store has done it, and is then repeated. That is harmless
+because each call is idempotent: MLflow's SQL store identifies a point by (run, key, time, step, value)
+and drops a second one; params, tags, status and dataset inputs overwrite; pictures and artifacts have
+fixed names; the run itself has a tag by which it is looked up before it is created.
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from cvae.config import yaml_model
 from cvae.errors import UserError
 from cvae.run import journal
+from cvae.run.journal_lines import Line
 from cvae.sampling.export_format import CONFIG
 from cvae.tracking import mlflow_model, mlflow_state, mlflow_tags
-from cvae.tracking.mlflow_state import JOURNAL_FILE
 from cvae.tracking.mlflow_store import create_store, experiment_id
 
 _POINTS_PER_BATCH = 1000  # limits of MLflow's log_batch
@@ -43,27 +44,28 @@ _MOST_ATTEMPTS = 10
 _log = logging.getLogger(__name__)
 
 
-class BadLine(Exception):
-    """A journal line that MLflow can never take."""
+class UnusableFile(Exception):
+    """A file that a journal line names is missing or damaged: MLflow can never have it."""
 
 
 class Pusher:
-    """One run on its way from journal to MLflow; nobody else may push the same run meanwhile.
+    """Brings one run's journal to MLflow; no other process may push the same run meanwhile.
 
-    Methods raise what MLflow raises while it is away, then can be called again at any time.
-    Raises UserError where the run can never be in MLflow at all.
+    Methods raise MLflow's exceptions while it is away, and can then be called again at any time. They
+    raise UserError if the run can never be in MLflow at all.
     """
 
     def __init__(self, run_dir: Path, tags: Mapping[str, str] | None = None) -> None:
-        """tags: further ones of the run, as its parent's id."""
+        """tags: additional tags of the run, for example its parent's id."""
         self.run_dir = run_dir
-        self._tags = dict(tags or {})
         self.state = mlflow_state.load(run_dir)
         self.uri = mlflow_state.tracking_uri(self.state)
+        self._tags = dict(tags or {})
+        self._journal = run_dir / mlflow_state.JOURNAL_FILE
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._failures = 0
-        self._actions: dict[str, Callable[[dict[str, Any]], None]] = {
+        self._actions: dict[str, Callable[[Line], None]] = {
             "start": self._start,
             "end": self._end,
             "picture": self._picture,
@@ -71,38 +73,39 @@ class Pusher:
         }
 
     def push(self, acknowledged: Callable[[int], object] = lambda lines: None) -> None:
-        """Pushes the lines that are new; `acknowledged` hears how many more have arrived."""
-        file = self.run_dir / JOURNAL_FILE
-        size = file.stat().st_size if file.exists() else 0
+        """Pushes the new lines; `acknowledged` is called with the number of lines that have arrived since."""
+        size = self._journal.stat().st_size if self._journal.exists() else 0
         if size == self.state.offset:
             return
         if size < self.state.offset:
-            _log.warning("%s has become shorter: all of it goes again", file)
+            _log.warning("%s has become shorter: all of it goes again", self._journal)
             self.state.offset = 0
-        # MLflow must never know what a crash of this host could still take out of the journal.
-        with open(file, "rb") as journal_file:
-            os.fsync(journal_file.fileno())
+        # MLflow must never have what a crash of this host could still remove from the journal.
+        with open(self._journal, "rb") as file:
+            os.fsync(file.fileno())
         self._open()
         points: list[Metric] = []
-        upto, lines = self.state.offset, 0
-        for record, end in journal.read_each(file, self.state.offset):
-            new = _points(record)
-            action = self._actions.get(record["kind"]) if record else None
+        end, lines = self.state.offset, 0
+
+        def flush() -> None:
+            self._log_points(points)
+            self._save_offset(end)
+            acknowledged(lines)
+
+        for line, next_end in journal.read_each(self._journal, self.state.offset):
+            new = _points(line) if line else []
+            action = self._actions.get(line["kind"]) if line else None
             if lines and (action or len(points) + len(new) > _POINTS_PER_BATCH):
-                self._log_points(points)
-                self._acknowledge(upto)
-                acknowledged(lines)
+                flush()
                 points, lines = [], 0
-            if action and record:
-                self._deliver(record, action)
+            if action and line:
+                self._attempt(lambda action=action, line=line: action(line), line)  # type: ignore[misc]
             points += new
-            upto, lines = end, lines + 1
-        self._log_points(points)
-        self._acknowledge(upto)
-        acknowledged(lines)
+            end, lines = next_end, lines + 1
+        flush()
 
     def end_unless_ended(self) -> None:
-        """Ends a run whose process is gone without a word; `push` must have been through."""
+        """Ends a run whose process has vanished; call it when `push` has succeeded."""
         if self._client is not None and self._get_run().info.status == "RUNNING":
             self._client.set_terminated(self._run_id, "KILLED")
 
@@ -114,10 +117,10 @@ class Pusher:
         run = self._find_run(client)
         if run is None:
             self.state.offset = 0
-            started = next((r["time"] for r, _ in self._records() if r), None)
+            times = (line["time"] for line, _ in journal.read_each(self._journal) if line)
             run = client.create_run(
                 experiment_id(client, self._experiment()["name"], self.uri),
-                start_time=_milliseconds(started) if started else None,
+                start_time=next(map(_milliseconds, times), None),
                 run_name=self.run_dir.name,
                 tags={
                     _RUN_DIR_TAG: self.state.run_dir_id,
@@ -142,95 +145,85 @@ class Pusher:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            _log.warning("run %s was deleted in MLflow: all of it goes anew", self.state.run_id)
+            _log.warning("run %s was deleted in MLflow: all of it goes again", self.state.run_id)
             self.state.run_dir_id, self.state.run_id = uuid.uuid4().hex, None
             mlflow_state.save(self.run_dir, self.state)
         experiment = client.get_experiment_by_name(self._experiment()["name"])
         if experiment is None:
             return None
-        found = client.search_runs(
-            [experiment.experiment_id], f"tags.`{_RUN_DIR_TAG}` = '{self.state.run_dir_id}'"
-        )
-        return found[0] if found else None
+        mark = f"tags.`{_RUN_DIR_TAG}` = '{self.state.run_dir_id}'"
+        return next(iter(client.search_runs([experiment.experiment_id], mark)), None)
 
-    def _log_params(self, there: dict[str, str]) -> None:
-        params = dict(_flatten(self._experiment()))
-        for name in params.keys() & there.keys():
-            if params[name] != there[name]:
-                _log.warning("param %s was %s at first: kept", name, there[name])
-        missing = [Param(name, value) for name, value in params.items() if name not in there]
-        for start in range(0, len(missing), _PARAMS_PER_BATCH):
-            self._api.log_batch(self._run_id, params=missing[start : start + _PARAMS_PER_BATCH])
+    def _log_params(self, logged: dict[str, str]) -> None:
+        flat = yaml_model.flatten(self._experiment())
+        params = {key: _text(value) for key, value in flat.items()}
+        for name in params.keys() & logged.keys():
+            if params[name] != logged[name]:
+                _log.warning("param %s was %s at first: kept", name, logged[name])
+        new = [Param(name, value) for name, value in params.items() if name not in logged]
+        for start in range(0, len(new), _PARAMS_PER_BATCH):
+            self._api.log_batch(self._run_id, params=new[start : start + _PARAMS_PER_BATCH])
 
     def _log_points(self, points: list[Metric]) -> None:
-        if not points:
-            return
-        try:
-            for start in range(0, len(points), _POINTS_PER_BATCH):
-                self._api.log_batch(self._run_id, points[start : start + _POINTS_PER_BATCH])
-            self._failures = 0
-        except Exception as error:
-            if not self._is_refusal(error):
-                raise
-            if len(points) == 1:
-                _log.error("MLflow refuses %s at step %d: %s", points[0].key, points[0].step, error)
-                return
-            # One point that is refused takes its whole batch along: find it.
-            self._log_points(points[: len(points) // 2])
-            self._log_points(points[len(points) // 2 :])
+        """Logs points in batches; those of a batch that MLflow refuses one by one."""
+        for start in range(0, len(points), _POINTS_PER_BATCH):
+            batch = points[start : start + _POINTS_PER_BATCH]
+            if self._attempt(lambda batch=batch: self._api.log_batch(self._run_id, batch)):  # type: ignore[misc]
+                continue
+            for point in batch:
+                self._attempt(
+                    lambda point=point: self._api.log_batch(self._run_id, [point]),  # type: ignore[misc]
+                    f"{point.key} at step {point.step}",
+                )
 
-    def _deliver(self, record: dict[str, Any], action: Callable[[dict[str, Any]], None]) -> None:
-        try:
-            action(record)
-            self._failures = 0
-        except Exception as error:
-            if not self._is_refusal(error):
-                raise
-            _log.error("going on without this line: %s: %s: %s", record, type(error), error)
+    def _attempt(self, call: Callable[[], object], subject: object = None) -> bool:
+        """Returns True, or False if MLflow refuses the call; the log then names its subject, if given.
 
-    def _is_refusal(self, error: Exception) -> bool:
-        """Whether it is of no use to try the same again: not while MLflow is away.
-
-        A request is refused if MLflow says that it is wrong, or fails time and again, and takes
-        another one right then. (A server that is down, stuck, or short of disk takes none.)
+        Raises the call's exception if it may succeed later, as while MLflow is away. A refusal is an
+        answer that the request is wrong, or a request that fails time and again while MLflow takes
+        another one. (A server that is down, stuck or out of disk takes none.)
         """
-        if isinstance(error, (BadLine, KeyError)):
-            return True
         try:
-            self._api.set_tag(self._run_id, "cvae.probed", uuid.uuid4().hex)
-        except Exception:
-            return False
-        self._failures += 1
-        refused = getattr(error, "error_code", None) in _REFUSALS
-        if refused or self._failures >= _MOST_ATTEMPTS:
+            call()
+        except Exception as error:
+            if not isinstance(error, UnusableFile):
+                try:
+                    self._api.set_tag(self._run_id, "cvae.probed", uuid.uuid4().hex)
+                except Exception:
+                    raise error from None
+                self._failures += 1
+                code = getattr(error, "error_code", None)
+                if code not in _REFUSALS and self._failures < _MOST_ATTEMPTS:
+                    raise
+            if subject is not None:
+                _log.error("MLflow refuses %s: %s: %s", subject, type(error).__name__, error)
             self._failures = 0
-            return True
-        return False
+            return False
+        self._failures = 0
+        return True
 
-    def _start(self, record: dict[str, Any]) -> None:
-        told = mlflow_tags.of_start(self.run_dir, record, self._get_run().data.tags)
-        entities = [RunTag(name, value) for name, value in told.items()]
-        self._api.log_batch(self._run_id, tags=entities)
+    def _start(self, line: Line) -> None:
+        tags = mlflow_tags.of_start(self.run_dir, line, self._get_run().data.tags)
+        self._api.log_batch(self._run_id, tags=[RunTag(*tag) for tag in tags.items()])
         self._api.update_run(self._run_id, status="RUNNING")
-        if record.get("data_name") and record.get("data_digest"):
-            source = json.dumps({"uri": record.get("data_manifest")})
-            digest = record["data_digest"][:_DIGEST_LENGTH]
-            dataset = Dataset(record["data_name"], digest, "local", source)
+        if line.get("data_name") and line.get("data_digest"):
+            source = json.dumps({"uri": line.get("data_manifest")})
+            digest = line["data_digest"][:_DIGEST_LENGTH]
+            dataset = Dataset(line["data_name"], digest, "local", source)
             context = InputTag("mlflow.data.context", "training")
             self._api.log_inputs(self._run_id, [DatasetInput(dataset, [context])])
 
-    def _end(self, record: dict[str, Any]) -> None:
-        status = _STATUS.get(record["status"], "FAILED")
-        self._api.set_tag(self._run_id, "end_reason", record.get("reason") or record["status"])
-        self._api.set_terminated(self._run_id, status, _milliseconds(record["time"]))
+    def _end(self, line: Line) -> None:
+        self._api.set_tag(self._run_id, "end_reason", line["reason"] or line["status"])
+        self._api.set_terminated(self._run_id, _STATUS[line["status"]], _milliseconds(line["time"]))
 
-    def _picture(self, record: dict[str, Any]) -> None:
-        """What MlflowClient.log_image does, under a name that is the same at every attempt."""
-        key, step, source = record["key"], record["step"], self.run_dir / record["path"]
+    def _picture(self, line: Line) -> None:
+        """Does what MlflowClient.log_image does, with a name that is the same at every attempt."""
+        key, step, source = line["key"], line["step"], self.run_dir / line["path"]
         if not re.fullmatch(r"[a-zA-Z0-9_\-./ ]+", key):
-            raise BadLine(f"{key!r} is no name for an image in MLflow")
+            raise UnusableFile(f"{key!r} is no name for an image in MLflow")
         unique = uuid.uuid5(uuid.UUID(self._run_id), f"{key} {step}")
-        time = _milliseconds(record["time"])
+        time = _milliseconds(line["time"])
         name = f"{key.replace('/', '~')}+step+{step}+timestamp+{time}+{unique}"
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -239,21 +232,21 @@ class Pusher:
                     image.save(Path(folder, f"{name}+compressed.webp"))
                 shutil.copyfile(source, Path(folder, f"{name}.png"))
             except OSError as error:
-                raise BadLine(f"{source}: {error}") from error
+                raise UnusableFile(f"{source}: {error}") from error
             self._api.log_artifacts(self._run_id, folder, "images")
         self._api.set_tag(self._run_id, "mlflow.loggedImages", "True")
 
-    def _artifact(self, record: dict[str, Any]) -> None:
-        source, folder = self.run_dir / record["path"], record.get("artifact_path")
+    def _artifact(self, line: Line) -> None:
+        source, folder = self.run_dir / line["path"], line.get("artifact_path")
         if not source.exists():
-            raise BadLine(f"{source} is not there")
-        # A run of before there were logged models has weights alone in its model/.
+            raise UnusableFile(f"{source} does not exist")
+        # Runs from before there were logged models have nothing but weights in model/.
         if folder == mlflow_model.NAME and (source / CONFIG).is_file():
             _log.info("logging the model")
             try:
                 mlflow_model.log_model(self._api, self._run_id, source)
             except (ValueError, UserError) as error:
-                raise BadLine(f"{source}: {error}") from error
+                raise UnusableFile(f"{source}: {error}") from error
             return
         log = self._api.log_artifacts if source.is_dir() else self._api.log_artifact
         log(self._run_id, str(source), folder)
@@ -266,34 +259,25 @@ class Pusher:
     def _get_run(self) -> Run:
         return self._api.get_run(self._run_id)
 
-    def _acknowledge(self, offset: int) -> None:
+    def _save_offset(self, offset: int) -> None:
         if offset != self.state.offset:
             self.state.offset = offset
             mlflow_state.save(self.run_dir, self.state)
-
-    def _records(self) -> Iterator[tuple[dict[str, Any] | None, int]]:
-        return journal.read_each(self.run_dir / JOURNAL_FILE)
 
     def _experiment(self) -> dict[str, Any]:
         experiment: dict[str, Any] = yaml.safe_load((self.run_dir / "experiment.yaml").read_text())
         return experiment
 
 
-def _points(record: dict[str, Any] | None) -> list[Metric]:
-    if record is None or "metrics" not in record:
-        return []
-    time, step = _milliseconds(record["time"]), record["step"]
-    return [Metric(name, value, time, step) for name, value in record["metrics"].items()]
+def _points(line: Line) -> list[Metric]:
+    time, metrics = _milliseconds(line["time"]), line.get("metrics", {})
+    return [Metric(name, value, time, line["step"]) for name, value in metrics.items()]
 
 
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as in YAML) for every leaf; lists are leaves."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            yield from _flatten(below, f"{name}.{key}" if name else str(key))
-        return
+def _text(value: Any) -> str:
+    """Returns a value as in YAML, cut to the longest that MLflow takes."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    yield name, text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - 1] + "…"
+    return text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - 1] + "…"
 
 
 def _milliseconds(seconds: float) -> int:

@@ -1,6 +1,5 @@
-"""Where a run stands with MLflow: mlflow.json in the run directory."""
+"""mlflow.json in a run's folder: which run of which MLflow store has how much of the journal."""
 
-import json
 import logging
 import os
 import uuid
@@ -26,20 +25,20 @@ class State:
     tracking_uri: str
     """Without its password: colleagues read each other's runs."""
     run_dir_id: str
-    """Tag of the run in MLflow, known before the run is made there: whoever dies between making it
-    and writing its id down finds it again."""
+    """A tag of the run in MLflow, chosen before the run is created there, by which a process finds the
+    run again that died before it could save the run's id."""
     run_id: str | None = None
     offset: Annotated[int, Field(ge=0)] = 0
-    """Bytes of the journal that MLflow has acknowledged."""
+    """The bytes of the journal that MLflow has acknowledged."""
     folder: str = ""
-    """The folder whose state this is; it was not written down at first."""
+    """The folder that this state belongs to; older versions did not save it."""
 
 
 _STATE = TypeAdapter(State)
 
 
 def load(run_dir: Path) -> State:
-    """Returns the state; a new one, already saved, for a run that MLflow does not know.
+    """Returns the state, or a new one, which it saves, for a run that MLflow does not know.
 
     Raises UserError if the file is damaged.
     """
@@ -53,37 +52,36 @@ def load(run_dir: Path) -> State:
 
 
 def _read(run_dir: Path) -> State | None:
-    """Returns the state; None for a run that MLflow does not know, as the copy of another run's folder is.
+    """Returns the state, or None for a run that MLflow does not know.
 
-    Two runs that go on from one folder are not one run in MLflow. A folder that was moved keeps its run.
+    A copy of a run's folder is such a run, since both may go on; a moved folder keeps its run.
     """
     state = json_file.load(run_dir / STATE_FILE, _STATE)
     if state is None or state.folder in ("", os.path.realpath(run_dir)):
         return state
     try:
-        first = json_file.load(Path(state.folder, STATE_FILE), _STATE)
-        copied = not os.path.samefile(state.folder, run_dir)
+        original = json_file.load(Path(state.folder, STATE_FILE), _STATE)
+        is_copy = not os.path.samefile(state.folder, run_dir)
     except (OSError, UserError):
         return state
-    return None if copied and first and first.run_dir_id == state.run_dir_id else state
+    return None if is_copy and original and original.run_dir_id == state.run_dir_id else state
 
 
 def save(run_dir: Path, state: State) -> None:
-    paths.write_atomically(run_dir / STATE_FILE, json.dumps(asdict(state), indent=1))
+    json_file.save(run_dir / STATE_FILE, asdict(state))
 
 
 def behind(run_dir: Path) -> int:
     """Returns how many journal lines MLflow does not have yet. Raises UserError if mlflow.json is damaged."""
-    there = _read(run_dir)
-    offset = 0 if there is None else there.offset
+    state = _read(run_dir)
+    offset = 0 if state is None else state.offset
     return sum(1 for _ in journal.read_each(run_dir / JOURNAL_FILE, offset))
 
 
 def tracking_uri(state: State) -> str:
-    """The store that the run is in: it stays there when the environment has changed since.
+    """Returns the URI, with its password, of the store that has the run, whatever is configured now.
 
-    Raises UserError where it is MLflow's deprecated file store: that keeps a point twice that is
-    sent twice.
+    Raises UserError if that is MLflow's deprecated file store, which would keep repeated points twice.
     """
     stored, configured = state.tracking_uri, paths.tracking_uri()
     if without_password(configured) == without_password(stored):

@@ -16,10 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 def create_store(uri: str) -> None:
-    """Makes the SQLite file if it is not there: whole, and by one process at a time.
+    """Creates the SQLite file of a URI unless it exists: whole, and by one process at a time.
 
-    MLflow alone lets two processes create the tables of one file at once, and both fail; whoever is
-    killed on the way leaves a file that never works again.
+    MLflow alone lets two processes create the tables of one file at once, and both fail; a process
+    that is killed meanwhile leaves a file that never works again.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -31,30 +31,28 @@ def create_store(uri: str) -> None:
         if file.exists():
             return
         _log.info("making the store %s", file)
-        nascent = Path(f"{file}.new")
-        nascent.unlink(missing_ok=True)
-        # The experiment `Default`, too, keeps its files beside the database, not in the present folder.
-        files = (file.resolve().parent / "mlruns").as_uri()
-        SqlAlchemyStore(f"sqlite:///{nascent}", files).engine.dispose()
-        nascent.rename(file)
+        temporary = Path(f"{file}.new")
+        temporary.unlink(missing_ok=True)
+        # The artifacts of the experiment `Default` go next to the database, not into the current folder.
+        artifacts = (file.resolve().parent / "mlruns").as_uri()
+        SqlAlchemyStore(f"sqlite:///{temporary}", artifacts).engine.dispose()
+        temporary.rename(file)
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """Of the MLflow experiment of that name, made or restored where it is not there."""
+    """Returns the id of the MLflow experiment of a name, which is created or restored if necessary."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # Without a server this process is the one that stores files, by default in whatever folder
-        # it was started in. Beside its database they go where that goes.
         location = None
         if not uri.startswith(("http:", "https:")):
-            beside = uri.removeprefix("sqlite:///")
-            folder = Path(beside).resolve().parent if beside != uri else paths.home()
+            # Without a server this process stores artifacts, by default in the current folder.
+            database = uri.removeprefix("sqlite:///")
+            folder = Path(database).resolve().parent if database != uri else paths.home()
             location = (folder / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
         try:
-            # The kind makes the UI show runs and charts first instead of traces of prompts.
+            # This kind makes the UI show runs and charts first instead of traces of prompts.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            created: str = client.create_experiment(name, location, kind)
-            return created
+            return str(client.create_experiment(name, location, kind))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -62,5 +60,4 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if experiment.lifecycle_stage == "deleted":
         _log.warning("experiment %s was deleted in MLflow: restored", name)
         client.restore_experiment(experiment.experiment_id)
-    there: str = experiment.experiment_id
-    return there
+    return str(experiment.experiment_id)

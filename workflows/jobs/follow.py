@@ -9,7 +9,7 @@ from cvae.files.paths import printable
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from cvae.run.journal_lines import Line
-from cvae.tracking.mlflow_mirror import newest_word
+from cvae.tracking.mlflow_mirror import last_log_line
 from cvae.tracking.mlflow_state import behind
 from slurm import attempts, job_state
 from slurm.attempts import Cause
@@ -126,7 +126,7 @@ class Follower:
         """Returns what MLflow still lacks; the job ends when MLflow has all, or half a minute later."""
         with suppress(UserError, OSError):
             if missing := behind(self.run.path):
-                doing = textwrap.shorten(printable(newest_word(self.run.path)), 100)
+                doing = textwrap.shorten(printable(last_log_line(self.run.path)), 100)
                 return f", and for MLflow: {count(missing, 'journal line')} to go ({doing})"
         return ""
 

@@ -6,69 +6,35 @@ parent run last, so that a parent that has ended has all its children.
 
 import logging
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cvae.errors import UserError
 from cvae.files import paths
 from cvae.files.file_lock import file_lock
-from cvae.redaction import guard_output
 from cvae.run.directory import RunDirectory
 from cvae.tracking import mlflow_mirror, mlflow_state
 from workflows.sweeps.directory import SweepDirectory
 
-if TYPE_CHECKING:
-    from workflows.sweeps.mlflow_parent import SweepMirror
-
 # How long to retry after the end; ray_cluster.py gives the whole mirror about as long.
 _PATIENCE_AFTER_END_S = 30.0
-_INTERVAL_S, _LAST_INTERVAL_S = 2.0, 0.5
 _LOCK = "mirror.lock"
 _log = logging.getLogger(__name__)
 
 
 def main(folder: Path) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    mlflow_mirror.step_back()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    guard_output()
-    mlflow_mirror.prepare_mlflow()
+    mlflow_mirror.set_up_process()
     from workflows.sweeps.mlflow_parent import SweepMirror
 
     # The mirror of a job that was killed may not have ended yet.
     with file_lock(folder / _LOCK, math.inf):
         try:
-            return _follow(SweepMirror(SweepDirectory(folder)))
+            mirror = SweepMirror(SweepDirectory(folder))
+            return mlflow_mirror.follow(mirror.push, mirror.end, _PATIENCE_AFTER_END_S)
         except UserError as error:
             _log.error("error: %s", error)
             return 2
-
-
-def _follow(mirror: "SweepMirror") -> int:
-    ended_at = None
-    while True:
-        # The end is checked before the files are read, so that nothing written before it is missed.
-        ended = mlflow_mirror.told_end(_INTERVAL_S if ended_at is None else _LAST_INTERVAL_S)
-        if ended and ended_at is None:
-            ended_at = time.monotonic()
-            mlflow_mirror.hurry(os.getpid())
-        try:
-            mirror.push()
-            if ended_at is not None:
-                mirror.end()
-                return 0
-        except UserError:
-            raise
-        except Exception as error:
-            _log.warning("MLflow is away: %s", mlflow_mirror.one_line(error))
-            if ended_at is not None and time.monotonic() - ended_at > _PATIENCE_AFTER_END_S:
-                return 1
 
 
 def behind(sweep: SweepDirectory) -> int:

@@ -24,7 +24,7 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.journal import Journal
 from cvae.tracking import mlflow_mirror, mlflow_state
-from cvae.tracking.mlflow_mirror import behind, newest_word, start_mirror, sync
+from cvae.tracking.mlflow_mirror import behind, last_log_line, start_mirror, sync
 
 mlflow_mirror.prepare_mlflow()
 
@@ -80,7 +80,7 @@ def test_two_runs_that_start_at_once_on_a_fresh_store(two_at_once: tuple[Run, Ru
     told = re.sub(r"(?m)^[\d-]+ [\d:,]+ ", "", first.log + second.log).splitlines()
     at_work = ["loading MLflow", f"mirroring to sqlite:///{home / 'mlflow.db'}"]
     assert sorted(told) == sorted([*at_work, *at_work, f"making the store {home / 'mlflow.db'}"])
-    assert newest_word(first.path) in told
+    assert last_log_line(first.path) in told
     assert first.run_id != second.run_id
     others = [
         ("system/cpu_utilization_percentage", 50),
@@ -381,7 +381,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert subprocess.run([sys.executable, "-c", trainer]).returncode == -signal.SIGKILL
     # A lock on its log says whether the mirror still lives.
     for _ in range(600):
-        with contextlib.suppress(UserError), mlflow_mirror._alone(run.path, wait=False):
+        with contextlib.suppress(UserError), mlflow_mirror._lock(run.path, 0.0):
             break
         time.sleep(0.1)
     assert behind(run.path) == 0, run.log
