@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from slurm.attempts import (
     ATTEMPT_MARK,
     Attempt,
@@ -47,6 +49,8 @@ _LOST_NODE = re.compile(r"Node failure on ([^\s,]+)", re.IGNORECASE)
 # What ranks report after another one has gone: a consequence, even if their clocks put it first.
 _CONSEQUENCE = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
+_RESULT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, str | list[str] | None])
+
 
 class Failure(NamedTuple):
     """What went wrong first in a job, with the evidence."""
@@ -82,29 +86,27 @@ def diagnose(
     status: the exit status of srun, or that of the first rank that failed. preempted, timed_out: whether SLURM has
     reported so.
     """
-    result = _result(folder, job_id)
-    result_status, message = result.get("status"), str(result.get("reason") or "")
-    if result_status == "finished" or (result_status is None and status == 0):
+    result_status, end = _reported_by_function(folder, job_id)
+    if result_status == "finished" or (result_status == "" and status == 0):
         return AttemptEnd(Cause.FINISHED)
-    signals, saved = tuple(result.get("signals", ())), result_status == "stopped"
-    reported = {"message": message, "signals": signals, "saved": saved}
     if is_cancelled(folder, job_id):
-        return AttemptEnd(Cause.CANCELLED, **reported)
-    if result_status == "failed":
-        return AttemptEnd(Cause.FAILED, **reported)
-    if saved and "SIGUSR2" in signals:
-        return AttemptEnd(Cause.TIME_LIMIT, **reported)
-    if preempted:
-        return AttemptEnd(Cause.PREEMPTED, **reported)
-    if saved:
-        return AttemptEnd(Cause.SIGNAL, **reported)
-    if timed_out:
-        return AttemptEnd(Cause.TIME_LIMIT)
-    failure = first_failure(folder, job_id)
-    if failure is not None:
+        cause = Cause.CANCELLED
+    elif result_status == "failed":
+        cause = Cause.FAILED
+    elif end.saved and "SIGUSR2" in end.signals:
+        cause = Cause.TIME_LIMIT
+    elif preempted:
+        cause = Cause.PREEMPTED
+    elif end.saved:
+        cause = Cause.SIGNAL
+    elif timed_out:
+        cause = Cause.TIME_LIMIT
+    elif failure := first_failure(folder, job_id):
         return failure.end
-    killed = [number.name for number in signal.Signals if number == status - 128]
-    return AttemptEnd(Cause.CRASH, signals=tuple(killed), exit_status=status)
+    else:
+        killed = [number.name for number in signal.Signals if number == status - 128]
+        return AttemptEnd(Cause.CRASH, signals=tuple(killed), exit_status=status)
+    return replace(end, cause=cause)
 
 
 def diagnose_unrecorded(
@@ -118,13 +120,10 @@ def diagnose_unrecorded(
     if slurm_state not in _CAUSES:
         # There is no accounting, or it is down.
         slurm_state = logged_state or ("NODE_FAIL" if lost else slurm_state)
-    result = _result(folder, job_id)
-    end = AttemptEnd(
-        _CAUSES.get(slurm_state, Cause.SLURM),
+    end = replace(
+        _reported_by_function(folder, job_id)[1],
+        cause=_CAUSES.get(slurm_state, Cause.SLURM),
         out_of_memory=slurm_state == "OUT_OF_MEMORY",
-        signals=tuple(result.get("signals", ())),
-        saved=result.get("status") == "stopped",
-        message=str(result.get("reason") or ""),
         slurm_state=slurm_state,
         restarts=True,
     )
@@ -229,9 +228,12 @@ def _last_attempt(log: Path) -> str:
     return re.split(begins, text, flags=re.MULTILINE)[-1]
 
 
-def _result(folder: Path, job_id: str) -> dict[str, Any]:
-    """Returns what rank 0 reported of the function's result; {} if nothing."""
+def _reported_by_function(folder: Path, job_id: str) -> tuple[str, AttemptEnd]:
+    """Returns the status of the function's result and the end that it describes; "" if there is no result."""
+    result: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        result = json.loads(result_file(folder, job_id).read_bytes())
-        return result if isinstance(result, dict) else {}
-    return {}
+        result = _RESULT.validate_json(result_file(folder, job_id).read_bytes())
+    status, signals = result.get("status", ""), tuple(result.get("signals", ()))
+    message = str(result.get("reason") or "")
+    end = AttemptEnd(Cause.CRASH, signals=signals, saved=status == "stopped", message=message)
+    return status, end

@@ -27,7 +27,7 @@ from workflows import launch, runs
 
 pytestmark = pytest.mark.cluster
 STEPS, PART = 200, 150
-# With a password it stands in no script.
+# With a password, so that no script may contain it.
 URI = "http://me:secret@cvae-host:9"
 
 
@@ -57,7 +57,7 @@ def end(process: "subprocess.Popen[str]") -> str:
 @pytest.fixture
 def place(cluster: Cluster) -> Place:
     config = clusters.load("testcluster").model_copy(update={"cpus_per_gpu": 2})
-    return Place("testcluster", config, "asked for")
+    return Place("testcluster", config, "requested")
 
 
 def submit(function: str, folder: Path, place: Place) -> Submission:
@@ -75,17 +75,17 @@ def test_ranks_are_told_their_place(
         monkeypatch.setenv(name, "NONE")
     submission = submit("report", tmp_path, place)
     until(lambda: not job_state.look(submission).alive)
-    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
-    assert [facts["RANK"] for facts in told] == ["0", "1", "2", "3"]
-    assert [facts["LOCAL_RANK"] for facts in told] == ["0", "1", "0", "1"]
-    for facts in told:
+    facts_of_ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [facts["RANK"] for facts in facts_of_ranks] == ["0", "1", "2", "3"]
+    assert [facts["LOCAL_RANK"] for facts in facts_of_ranks] == ["0", "1", "0", "1"]
+    for facts in facts_of_ranks:
         assert (facts["WORLD_SIZE"], facts["LOCAL_WORLD_SIZE"]) == ("4", "2")
         assert facts["MASTER_ADDR"] == "cvae-node1"
         assert facts["cpus"] == "2"
         assert facts["MLFLOW_TRACKING_URI"] == URI
         # All of its node's GPUs, not just the one of its local rank.
         assert len(facts["CUDA_VISIBLE_DEVICES"].split(",")) == 2
-    assert len({facts["MASTER_PORT"] for facts in told}) == 1
+    assert len({facts["MASTER_PORT"] for facts in facts_of_ranks}) == 1
     assert job_state.look(submission).slurm_state == "COMPLETED"
 
 

@@ -42,7 +42,7 @@ def rank_process(run: RunDirectory, rank: int) -> psutil.Process:
     raise AssertionError(f"no rank {rank}")
 
 
-def told(run: RunDirectory) -> list[Attempt]:
+def attempts_of(run: RunDirectory) -> list[Attempt]:
     submission = last_submission(run)
     assert submission is not None
     return attempts.read(run.logs, submission.job_id)
@@ -102,7 +102,7 @@ def test_preempted_crashed_and_cancelled(
     config = clusters.load("testcluster").model_copy(update={"partition": "graceful"})
     plain = tiny_experiment(epochs=100_000, eval_every=100_000, log_every=20)
     experiment = Experiment.model_validate({**plain, "checkpoint": {"every_steps": 100}})
-    place = Place("testcluster", config, "asked for")
+    place = Place("testcluster", config, "requested")
     run = submit_new("r", experiment, place, Placement(1, 2), gpus=2)
     request.addfinalizer(lambda: end(run))
     until_trained(run, 1)
@@ -118,11 +118,11 @@ def test_preempted_crashed_and_cancelled(
 
     killed = time.time()
     rank_process(run, 1).send_signal(signal.SIGKILL)
-    until(lambda: len(told(run)) == 3)
-    assert (told(run)[1].ended or 0) - killed < 60
+    until(lambda: len(attempts_of(run)) == 3)
+    assert (attempts_of(run)[1].ended or 0) - killed < 60
     until_trained(run, 3)
-    assert [one.cause for one in told(run)] == ["preempted", "crash", None]
-    crash = told(run)[1].end
+    assert [one.cause for one in attempts_of(run)] == ["preempted", "crash", None]
+    crash = attempts_of(run)[1].end
     assert crash is not None
     node = crash.node
     assert f"rank 1 on {node}: killed (SIGKILL)" in lines(run, "end")[-1]["reason"]
@@ -133,7 +133,7 @@ def test_preempted_crashed_and_cancelled(
     submission = last_submission(run)
     assert submission is not None
     until(lambda: not job_state.look(submission).alive)
-    assert (told(run)[-1].cause, told(run)[-1].restarts) == ("cancelled", False)
+    assert (attempts_of(run)[-1].cause, attempts_of(run)[-1].restarts) == ("cancelled", False)
     assert os.listdir(run.checkpoints)
     capsys.readouterr()
     assert runs.main(["show", "r"]) == 0

@@ -69,7 +69,7 @@ class MlflowServer:
 
 
 class Field:
-    """The run under fire, and what it stands on."""
+    """The run that faults strike, with the cluster and the server that it uses."""
 
     def __init__(
         self, cluster: Cluster, run: RunDirectory, server: MlflowServer, dice: random.Random

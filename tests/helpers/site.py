@@ -1,4 +1,4 @@
-"""A site in miniature: SLURM's commands as scripts on PATH, each of which says what a test wants it to say."""
+"""A site in miniature: SLURM's commands as scripts on PATH, each of ."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ NO_ACCOUNTING = "sacct: error: slurm_persist_conn_open: Unable to connect to slu
 
 
 class Site:
-    """`asked` is every command that was run, a line each, in order."""
+    """`commands` are all commands that were run, in order."""
 
     def __init__(self, folder: Path):
         self.folder, self._asked = folder, folder / "asked"
@@ -41,11 +41,11 @@ class Site:
         (self.folder / command).unlink()
 
     @property
-    def asked(self) -> list[str]:
+    def commands(self) -> list[str]:
         return self._asked.read_text().splitlines()
 
     def times(self, start: str) -> int:
-        return sum(line.startswith(start) for line in self.asked)
+        return sum(line.startswith(start) for line in self.commands)
 
 
 @pytest.fixture

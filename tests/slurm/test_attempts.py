@@ -129,7 +129,7 @@ def test_an_attempt_that_slurm_ended_is_recorded_by_the_next(tmp_path: Path) -> 
     log_file(tmp_path, JOB, 0).write_text("slurmstepd: error: Node failure on n2\n")
     log.settle("NODE_FAIL")
     assert log.last.end is not None
-    assert (log.last.cause, log.last.end.node) == ("node", "n2")
+    assert (log.last.end.cause, log.last.end.node) == ("node", "n2")
     assert attempts.read(tmp_path, JOB) == log.attempts
 
 
@@ -201,7 +201,12 @@ def test_files_of_older_commits_are_read(tmp_path: Path) -> None:
     attempts.attempts_file(tmp_path, JOB).write_text(json.dumps([old, running]))
     first, second = attempts.read(tmp_path, JOB)
     assert first.end == AttemptEnd(
-        Cause.CRASH, "n1", restarts=True, requeue="asked", excluded=("n1",), text=old["why"]
+        Cause.CRASH,
+        "n1",
+        restarts=True,
+        requeue="asked",
+        excluded=("n1",),
+        text="rank 0 on n1: boom",
     )
     assert first.end.reason == "rank 0 on n1: boom"
     assert second == Attempt(2, 1.0, ["n1"], progress="step-1")

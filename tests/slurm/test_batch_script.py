@@ -126,7 +126,7 @@ def test_the_sites_own_address_of_the_first_rank_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("bound_to", "asked", "cores"),
+    ("bound_to", "requested", "cores"),
     [
         (8, "8", "8"),  # bound to its own: not divided again
         (64, "8", "8"),  # not bound at all
@@ -136,9 +136,9 @@ def test_the_sites_own_address_of_the_first_rank_is_kept(
     ],
 )
 def test_a_task_takes_the_cores_that_slurm_gives_it(
-    monkeypatch: pytest.MonkeyPatch, bound_to: int, asked: str, cores: str
+    monkeypatch: pytest.MonkeyPatch, bound_to: int, requested: str, cores: str
 ) -> None:
-    monkeypatch.setattr(os, "environ", {"SLURM_CPUS_PER_TASK": asked, "CVAE_MASTER_PORT": "1"})
+    monkeypatch.setattr(os, "environ", {"SLURM_CPUS_PER_TASK": requested, "CVAE_MASTER_PORT": "1"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(bound_to)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     export_ranks(of_slurm())

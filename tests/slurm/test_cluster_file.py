@@ -1,4 +1,4 @@
-"""The cluster file, what is asked of a cluster, and the sbatch script that comes of it."""
+"""The cluster file, what is requested of a cluster, and the sbatch script that results."""
 
 import subprocess
 from collections.abc import Callable
@@ -138,11 +138,11 @@ class _Sizes(Slurm):
 
 def _site(monkeypatch: pytest.MonkeyPatch, **keys: object) -> Place:
     monkeypatch.setattr(ClusterConfig, "slurm", lambda self: _Sizes(None))
-    return Place("site", ClusterConfig.model_validate({"executor": "slurm", **keys}), "asked for")
+    return Place("site", ClusterConfig.model_validate({"executor": "slurm", **keys}), "requested")
 
 
 @pytest.mark.parametrize(
-    ("keys", "asked", "message"),
+    ("keys", "requested", "message"),
     [
         ({}, Placement(4, 4), "--nodes 4 are requested; cluster site, partition gpu has 3 nodes"),
         ({}, Placement(2, 8), "has 1 node with 8 GPUs"),
@@ -157,17 +157,19 @@ def _site(monkeypatch: pytest.MonkeyPatch, **keys: object) -> Place:
     ],
 )
 def test_more_than_the_cluster_has(
-    monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], asked: Placement, message: str
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], requested: Placement, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        cluster_file.fit(_site(monkeypatch, **keys), asked)
+        cluster_file.fit(_site(monkeypatch, **keys), requested)
 
 
 def test_gaps_of_the_file_are_filled_by_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = cluster_file.fit(_site(monkeypatch), Placement(3, 4))
     assert (fitted.cpus_per_gpu, fitted.time_limit_min) == (4, 1440)
-    told = cluster_file.fit(_site(monkeypatch, cpus_per_gpu=2, time_limit_min=60), Placement(3, 4))
-    assert (told.cpus_per_gpu, told.time_limit_min) == (2, 60)
+    limited = cluster_file.fit(
+        _site(monkeypatch, cpus_per_gpu=2, time_limit_min=60), Placement(3, 4)
+    )
+    assert (limited.cpus_per_gpu, limited.time_limit_min) == (2, 60)
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_many_jobs_are_asked_for_at_once(site: Site) -> None:
         "TIMEOUT",
         "COMPLETED",
     ]
-    assert [command.split()[0] for command in site.asked] == ["squeue", "sacct"]
-    assert site.asked[1].endswith("--jobs=13,14")
+    assert [command.split()[0] for command in site.commands] == ["squeue", "sacct"]
+    assert site.commands[1].endswith("--jobs=13,14")
 
 
 def test_a_queue_that_refuses_the_list_for_one_job_is_asked_one_by_one(site: Site) -> None:

@@ -22,7 +22,7 @@ from slurm.rank_process import run
 from slurm.supervision import Supervision
 from tests.conftest import PROJECT_ROOT
 
-HERE = Place("local", ClusterConfig(executor="local", env={"COLOUR": "blue"}), "asked for")
+HERE = Place("local", ClusterConfig(executor="local", env={"COLOUR": "blue"}), "requested")
 
 
 @pytest.fixture
@@ -56,16 +56,16 @@ def test_ranks_are_told_their_place_in_a_session_of_their_own(
     submission = start("report", 2)
     wait_for_end(submission)
 
-    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [facts["RANK"] for facts in told] == ["0", "1"]
-    assert [facts["LOCAL_RANK"] for facts in told] == ["0", "1"]
-    for facts in told:
+    facts_of_ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [facts["RANK"] for facts in facts_of_ranks] == ["0", "1"]
+    assert [facts["LOCAL_RANK"] for facts in facts_of_ranks] == ["0", "1"]
+    for facts in facts_of_ranks:
         assert facts["WORLD_SIZE"] == facts["LOCAL_WORLD_SIZE"] == "2"
         assert facts["MASTER_ADDR"] == "127.0.0.1"
         assert facts["COLOUR"] == "blue"
         assert facts["CUDA_VISIBLE_DEVICES"] == "GPU-8f2a,GPU-77b1"
         assert facts["session"] == str(submission.pid) != str(os.getsid(0))
-    assert len({facts["MASTER_PORT"] for facts in told}) == 1
+    assert len({facts["MASTER_PORT"] for facts in facts_of_ranks}) == 1
     assert first_failure(tmp_path, submission.job_id) is None
 
 
@@ -128,7 +128,7 @@ def test_out_of_memory_is_told_apart(
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "out_of_memory"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: out of memory"), True),
@@ -137,8 +137,8 @@ def test_out_of_memory_is_told_apart(
         (ValueError("a poem: out of memory"), False),
     ],
 )
-def test_which_exceptions_say_that_memory_ran_out(error: Exception, told: bool) -> None:
-    assert in_words(error).startswith("out of memory: ") == told
+def test_which_exceptions_say_that_memory_ran_out(error: Exception, out_of_memory: bool) -> None:
+    assert in_words(error).startswith("out of memory: ") == out_of_memory
     assert in_words(error).endswith(f"{type(error).__name__}: {error}")
 
 
@@ -150,29 +150,27 @@ def start_supervised(folder: Path, function: str) -> Submission:
     return executors.submit(job, place, Placement(1, 1), gpus=1)
 
 
-def test_what_was_told_to_end_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_job_that_was_told_to_end_does_not_restart(tmp_path: Path) -> None:
     submission = start_supervised(tmp_path, "sleep")
     until((tmp_path / "pid-0").exists)
     job_state.end(submission, 30, lambda text: None)
-    [told] = attempts.read(tmp_path, submission.job_id)
-    assert (told.cause, told.restarts) == ("crash", False)
+    [attempt] = attempts.read(tmp_path, submission.job_id)
+    assert (attempt.cause, attempt.restarts) == ("crash", False)
 
 
 @pytest.mark.parametrize(("function", "ends"), [("stumble", 3), ("segfault", 2)])
-def test_it_is_tried_again_while_that_brings_progress(
-    tmp_path: Path, function: str, ends: int
-) -> None:
+def test_it_restarts_while_that_brings_progress(tmp_path: Path, function: str, ends: int) -> None:
     # Pids come again, in a container soon: an old job of this one's was cancelled.
     for pid in range(os.getpid(), os.getpid() + 3000):
         attempts.mark_cancelled(tmp_path, str(pid))
     submission = start_supervised(tmp_path, function)
     wait_for_end(submission)
-    told = attempts.read(tmp_path, submission.job_id)
-    assert [one.restarts for one in told] == [True] * (ends - 1) + [False]
-    assert {one.cause for one in told[:-1]} == {"crash"}
+    ended = attempts.read(tmp_path, submission.job_id)
+    assert [one.restarts for one in ended] == [True] * (ends - 1) + [False]
+    assert {one.cause for one in ended[:-1]} == {"crash"}
     noted = (tmp_path / "noted").read_text().splitlines()
     if function == "stumble":
-        assert told[-1].cause == "finished"
+        assert ended[-1].cause == "finished"
         assert [(tmp_path / f"step-{number}").read_text() for number in range(3)] == ["", "1", "1"]
         assert len(noted) == 2
     else:

@@ -29,13 +29,13 @@ def python(folder: Path, text: str) -> str:
 def test_actors_start_in_an_environment_whose_path_has_a_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
 ) -> None:
-    asked: dict[str, Any] = {}
+    arguments_of_init: dict[str, Any] = {}
 
     class Enough(Exception):
         pass
 
     def init(**arguments: Any) -> None:
-        asked.update(arguments)
+        arguments_of_init.update(arguments)
         raise Enough
 
     monkeypatch.setattr(ray, "init", init)
@@ -47,9 +47,9 @@ def test_actors_start_in_an_environment_whose_path_has_a_space(
     with pytest.raises(Enough), ray_cluster.connect():
         pass
     # Whoever may look at Ray can read it.
-    assert "hush" not in str(asked)
+    assert "hush" not in str(arguments_of_init)
     # As Ray does, in runtime_env/context.py.
-    command = f"exec {asked['runtime_env']['py_executable']} default_worker.py"
+    command = f"exec {arguments_of_init['runtime_env']['py_executable']} default_worker.py"
     assert subprocess.check_output(["bash", "-c", command], text=True) == "started\n"
 
 
@@ -82,8 +82,8 @@ def test_the_driver_reports_how_many_nodes_joined(
         for nodes in ("2", "3"):
             monkeypatch.setenv("CVAE_RAY_NODES", nodes)
             ray_cluster._count_nodes()
-    told = [(record.levelname, record.message) for record in caplog.records]
-    assert told == [("INFO", "2 of 2 nodes joined"), ("WARNING", "2 of 3 nodes joined")]
+    logged = [(record.levelname, record.message) for record in caplog.records]
+    assert logged == [("INFO", "2 of 2 nodes joined"), ("WARNING", "2 of 3 nodes joined")]
 
 
 def test_rays_folder_is_private_and_short_enough_for_its_sockets(

@@ -128,7 +128,7 @@ def test_killed_while_it_asks_it_has_promised_nothing(
     with pytest.raises(KeyboardInterrupt):
         supervisor.after(opened(tmp_path, 3), 1)
     assert last_end(tmp_path).outlook == "SLURM is asked to requeue it"
-    # The next try shows that SLURM did.
+    # The next attempt shows that SLURM did.
     begin(tmp_path)
     first = attempts.read(tmp_path, JOB)[0].end
     assert first is not None
@@ -148,11 +148,11 @@ def test_better_on_a_bad_node_than_nowhere(site: Site, tmp_path: Path) -> None:
     scontrol(site, "exit 0")
     codes = []
     for _ in range(5):
-        told = attempts.read(tmp_path, JOB)
-        attempts.write(tmp_path, JOB, [one for one in told if one.ended is not None])
+        earlier = attempts.read(tmp_path, JOB)
+        attempts.write(tmp_path, JOB, [one for one in earlier if one.ended is not None])
         codes.append(supervisor.before(opened(tmp_path)))
     assert codes == [supervisor.NOT_HERE] * 3 + [0] * 2
-    assert any("ExcNodeList=n1" in line for line in site.asked)
+    assert any("ExcNodeList=n1" in line for line in site.commands)
 
 
 LOST = "*** JOB 12 ON n1 CANCELLED AT 2026-11-25T12:29:50 DUE TO NODE FAILURE, SEE SLURMCTLD LOG"
@@ -200,7 +200,7 @@ def test_lost_nodes_and_slurms_own_ends_get_pauses_and_an_end(site: Site, tmp_pa
             break
     assert codes[-1] == supervisor.GIVEN_UP
     assert codes.count(0) == 11
-    pauses = [int(line.rpartition("+")[2]) for line in site.asked if "StartTime=now" in line]
+    pauses = [int(line.rpartition("+")[2]) for line in site.commands if "StartTime=now" in line]
     assert pauses == [150, 300, 600, 1200, 2400, *[3600] * 4]
     last = last_end(tmp_path)
     assert (last.restarts, last.node, last.without_progress) == (False, "n2", 11)
@@ -220,6 +220,6 @@ def test_a_crash_that_brought_nothing_is_followed_by_a_pause(site: Site, tmp_pat
     for _ in range(2):
         begin(tmp_path)
         supervisor.after(opened(tmp_path, 3), 1)
-    assert [line for line in site.asked if "StartTime" in line] == [
+    assert [line for line in site.commands if "StartTime" in line] == [
         "scontrol update JobId=12 StartTime=now+150"
     ]
