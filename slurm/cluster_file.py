@@ -71,24 +71,16 @@ class Placement(NamedTuple):
 
 
 class ClusterConfig(Strict):
-    executor: Literal["slurm", "local"] = Field(
-        description="slurm: through sbatch; local: processes of this machine"
-    )
-    slurm_conf: Line | None = Field(
-        None, description="slurm.conf of this cluster, if SLURM's commands do not know it"
-    )
+    executor: Literal["slurm", "local"] = Field(description="slurm: sbatch; local: this machine")
+    slurm_conf: Line | None = Field(None, description="its slurm.conf; null: that of this host")
     partition: Word | None = Field(None, description="null: the cluster's default partition")
     account: Word | None = Field(None, description="who pays, if the site requires it")
     qos: Word | None = Field(None, description="quality of service, if the site requires it")
     constraint: Word | None = Field(None, description="node features, such as v100&32gb")
     nodes: Small | None = Field(None, description="most nodes of a job; null: as sinfo says")
-    gpus_per_node: Small | None = Field(
-        None, description="most GPUs of a node; null: as sinfo says (local: all there are)"
-    )
+    gpus_per_node: Small | None = Field(None, description="most GPUs of a node; null: all of them")
     gpu_type: Word | None = Field(None, description="type in SLURM's GRES, such as v100")
-    cpus_per_gpu: Small | None = Field(
-        None, description="cores per rank; null: the GPU's share of its node's cores"
-    )
+    cpus_per_gpu: Small | None = Field(None, description="cores per rank; null: the GPU's share")
     mem_per_gpu_gb: Positive | None = Field(None, description="null: the partition's default")
     time_limit_min: Positive | None = Field(None, description="null: the partition's own limit")
     grace_s: Small = Field(120, description="seconds before the time limit when the ranks save")
@@ -109,18 +101,15 @@ class ClusterConfig(Strict):
     tflops_per_gpu: float | None = Field(
         None,
         gt=0,
-        description="what training reaches on one GPU, as benchmark.py measures it (loop/FLOP/s); with"
-        " it the plan predicts the duration of a run",
+        description="of training on one GPU, measured by benchmark.py as loop/FLOP/s; predicts durations",
     )
     inside_gbyte_s: float = Field(50, gt=0, description="of the links inside a node, GB/s one way")
     between_gbit_s: float = Field(100, gt=0, description="of a node's link to others, Gb/s one way")
     setup: list[ShellLines] = Field(
         [],
-        description="shell lines before srun, such as `module load cuda/12.6`; one that fails ends the job",
+        description="shell lines before srun, e.g. `module load cuda`; a failing one ends the job",
     )
-    env: dict[Variable, Value] = Field(
-        {}, description="environment variables of the ranks, which setup does not override"
-    )
+    env: dict[Variable, Value] = Field({}, description="variables that setup does not override")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "ClusterConfig":

@@ -43,21 +43,17 @@ class Job(NamedTuple):
 
 # A line of setup that fails ends the job. Failures inside a function or a sourced file are ignored, and so is the
 # status of a sourced file, which is merely that of its last command.
-_CHECK_SETUP = (
-    r"""
-setup_failed() {
+_CHECK_SETUP = rf"""
+setup_failed() {{
   if [ "$4" -gt 1 ]; then return; fi
   case "$3" in
     "source "*|". "*) eval "set -- \"\$1\" \"\$2\" $3"; if [ -r "$4" ]; then return; fi ;;
   esac
-  echo "SETUP_ERRORthe line '$(sed -n "$2p" "$0")' failed with status $1"
+  echo "{SETUP_ERROR}the line '$(sed -n "$2p" "$0")' failed with status $1"
   exit 1
-}
-trap 'setup_failed $? $LINENO "$BASH_COMMAND" ${#BASH_SOURCE[@]}' ERR
-""".strip()
-    .replace("SETUP_ERROR", SETUP_ERROR)
-    .splitlines()
-)
+}}
+trap 'setup_failed $? $LINENO "$BASH_COMMAND" ${{#BASH_SOURCE[@]}}' ERR
+""".strip().splitlines()
 # If a job began without the shell's environment (NONE), SLURM_EXPORT_ENV makes srun withhold it from the ranks.
 _AFTER_SETUP = ["trap - ERR", "unset SLURM_EXPORT_ENV", "CVAE_SETUP_PATH=${PYTHONPATH-}"]
 
