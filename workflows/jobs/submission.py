@@ -1,17 +1,16 @@
 """Submits runs to SLURM or to this machine, one submission of a run at a time, and records them."""
 
-import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
-from cvae.files import paths
+from cvae.files import json_file, paths
 from cvae.files.file_lock import file_lock
 from cvae.run import code_snapshot, journal
 from cvae.run.code_snapshot import CodeSnapshot
@@ -97,32 +96,29 @@ def submit(
     queued, running or finished.
     """
     with locked(run.path):
-        state = run_state(run)
+        state, earlier = run_state(run), submissions(run)
         if state.job.alive:
-            last = submissions(run)[-1]
-            raise UserError(
-                f"{run.name} is {state.status} ({last.where}); see"
-                f" `python workflows/runs.py logs {run.name} --follow`"
-            )
+            look = f"python workflows/runs.py logs {run.name} --follow"
+            raise UserError(f"{run.name} is {state.status} ({earlier[-1].where}); see `{look}`")
         if state.status == "finished":
             repeat = f"python workflows/launch.py {run.experiment_file}"
             raise UserError(f"{run.name} is finished; to repeat it: {repeat}")
         # Ray knows that a trial has ended, on whatever host it ran.
         if state.job.phase == "unknown" and not (force or part_of_sweep):
-            raise UserError(unknown(run.name, submissions(run)[-1], state.job))
+            raise UserError(unknown(run.name, earlier[-1], state.job))
         offset = journal.read(run.journal_file)[1]
         code = CodeSnapshot().write()
         code_snapshot.link(run.path, code)
         with interrupts_wait():
             submission = executors.submit(job_of(run, code, part_of_sweep), place, placement, gpus)
-            more = {"journal_offset": offset, "code": code.name}
-            more["folder"] = os.path.realpath(run.path)
+            folder = os.path.realpath(run.path)
+            more = {"journal_offset": offset, "code": code.name, "folder": folder}
             if part_of_sweep:
                 # Nobody typed this process's command; the file repeats the trial alone.
                 more["command"] = f"workflows/launch.py runs/{run.name}/{run.experiment_file.name}"
             submission = submission.model_copy(update=more)
             try:
-                _write(run, [*submissions(run), submission])
+                _write(run, [*earlier, submission])
             except OSError:
                 # A job that nobody can follow or cancel must not run.
                 job_state.end(submission, 0, lambda _: None)
@@ -147,39 +143,13 @@ def note_cancelled(run: RunDirectory, when: float) -> None:
 
 
 def _write(run: RunDirectory, entries: list[Submission]) -> None:
-    text = json.dumps([entry.model_dump() for entry in entries], indent=1)
-    paths.write_atomically(run.launch_file, text + "\n")
+    json_file.save(run.launch_file, [entry.model_dump() for entry in entries])
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
     """Raises UserError while another process launches, resumes or cancels the run or sweep in this folder."""
     refusal = f"{folder.name} is being launched, resumed or cancelled by another process right now"
     return file_lock(folder / "launch.lock", refusal=refusal)
-
-
-@contextmanager
-def submitted(
-    job: Job,
-    place: Place,
-    placement: Placement,
-    gpus: int,
-    kept: str = "",
-    note: Callable[[Submission], object] = lambda submission: None,
-) -> Iterator[Submission]:
-    """A job that somebody waits for: it does not outlive the context where that ends badly, as by Ctrl-C.
-
-    gpus: what was asked for. kept: what of its work stays then. note: writes down that it was submitted.
-    Raises UserError where SLURM refuses the job.
-    """
-    with interrupts_wait():
-        submission = executors.submit(job, place, placement, gpus)
-        note(submission)
-    try:
-        yield submission
-    except BaseException:
-        print("; ".join(filter(None, [f"\ncancelling {submission.where}", kept])), flush=True)
-        job_state.end(submission, END_PATIENCE_S, lambda _: None)
-        raise
 
 
 @contextmanager

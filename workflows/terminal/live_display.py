@@ -17,63 +17,45 @@ class Display:
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
         self._line: tqdm[Any] | None = None
-        self._has_bar = False
+        self._is_bar = False
         self._printed_at = 0.0
         self._status = ""
         self._began: tuple[float, int] | None = None
 
     def message(self, text: str) -> None:
         """Prints text that stays."""
-        if self._line is not None:
-            self._line.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def status(self, text: str, detail: str = "") -> None:
         """Displays what is going on while there is no progress. A change of detail alone prints no new line."""
-        if not self._is_terminal:
-            if text != self._status:
-                print(text + detail, flush=True)
-            self._status = text
-            return
-        if self._line is None or self._has_bar:
-            self.clear()
-            self._line = tqdm(total=0, bar_format="{desc}", file=sys.stdout, leave=False)
-        self._line.set_description_str(text + detail)
+        if self._is_terminal:
+            line = self._open(is_bar=False, total=0, bar_format="{desc}")
+            line.set_description_str(text + detail)
+        elif text != self._status:
+            print(text + detail, flush=True)
+        self._status = text
 
     def progress(self, step: int, total: int | None, notes: dict[str, str]) -> None:
         """Displays the step, and notes such as {"loss": "237.1"} next to it."""
         now = time.monotonic()
-        if self._began is None:
-            self._began = (now, step)
+        self._began = self._began or (now, step)
         self._status = ""
         if self._is_terminal:
-            if self._line is None or not self._has_bar:
-                self.clear()
-                self._line = tqdm(
-                    total=total,
-                    initial=step,
-                    unit="step",
-                    file=sys.stdout,
-                    dynamic_ncols=True,
-                    leave=False,
-                )
-                self._has_bar = True
-            self._line.set_postfix(notes, refresh=False)
-            self._line.update(step - self._line.n)
+            bar = self._open(True, total=total, initial=step, unit="step", dynamic_ncols=True)
+            bar.set_postfix(notes, refresh=False)
+            bar.update(step - bar.n)
         elif now - self._printed_at >= _INTERVAL_S or step == total:
             self._printed_at = now
             texts = "".join(f"  {name} {text}" for name, text in notes.items())
-            of = f"{total:,}" if total else "?"
             began, first = self._began
             if total is not None and first < step < total:
-                seconds = (now - began) / (step - first) * (total - step)
-                texts += f"  {duration(seconds)} left"
-            print(f"step {step:,} of {of}{texts}", flush=True)
+                texts += f"  {duration((now - began) / (step - first) * (total - step))} left"
+            print(f"step {step:,} of {f'{total:,}' if total else '?'}{texts}", flush=True)
 
     def tick(self) -> None:
         """Updates the bar's elapsed time while the step does not change."""
-        if self._line is not None and self._has_bar:
+        if self._line is not None and self._is_bar:
             self._line.refresh()
 
     def pause(self) -> None:
@@ -85,4 +67,12 @@ class Display:
         """Removes the live line."""
         if self._line is not None:
             self._line.close()
-        self._line, self._has_bar = None, False
+        self._line = None
+
+    def _open(self, is_bar: bool, **settings: Any) -> "tqdm[Any]":
+        """Returns the live line; one of the other kind is replaced."""
+        if self._line is None or self._is_bar != is_bar:
+            self.clear()
+            self._line = tqdm(file=sys.stdout, leave=False, **settings)
+            self._is_bar = is_bar
+        return self._line
