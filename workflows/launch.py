@@ -17,11 +17,9 @@ from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.directory import free_name, telling_name
 from slurm import cluster_file
-from slurm.job_state import requeue_warning
-from workflows.jobs.follow import follow
+from workflows.jobs.follow import follow_or_detach
 from workflows.jobs.job_options import add_job_options
 from workflows.jobs.plan import default_experiment, plan_launch
-from workflows.jobs.run_state import submissions
 from workflows.jobs.submission import submit_new
 from workflows.terminal.formatting import aligned, shown
 
@@ -91,13 +89,8 @@ def main(arguments: list[str]) -> int:
         print(f"\n{plan.sbatch_script or '(dry run: nothing was started)'}")
         return 0
     run = submit_new(name, experiment, plan.place, plan.placement, requested.world_size)
-    if warning := requeue_warning(submissions(run)[-1]):
-        print(f"warning: {warning}")
     print()
-    if options.detach:
-        print(f"submitted {run.name}; follow it: python workflows/runs.py logs {run.name} --follow")
-        return 0
-    return follow(run)
+    return follow_or_detach(run, options.detach)
 
 
 def _experiment_to_check(files: list[str], overrides: list[str]) -> Experiment | None:

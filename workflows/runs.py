@@ -17,7 +17,7 @@ from cvae.tracking import mlflow_mirror
 from slurm import cluster_file, job_state
 from slurm.attempts import log_file
 from workflows.jobs.checkpoint_notice import grace_fact, measured_save_s
-from workflows.jobs.follow import follow
+from workflows.jobs.follow import follow, follow_or_detach
 from workflows.jobs.job_options import add_job_options
 from workflows.jobs.plan import locate
 from workflows.jobs.run_facts import code_text
@@ -137,14 +137,9 @@ def _resume(options: Any) -> int:
     save_s = measured_save_s(run.journal_file)
     if save_s is not None and place.config.executor == "slurm":
         facts.append(grace_fact(place, save_s, "measured"))
-    submission = submit(run, place, placement, gpus, force=options.force)
-    if warning := job_state.requeue_warning(submission):
-        facts.append(("warning", warning))
+    submit(run, place, placement, gpus, force=options.force)
     print(aligned([("run", run.name), *facts, ("code", code_text(run))]), flush=True)
-    if options.detach:
-        print(f"submitted; follow it: python workflows/runs.py logs {run.name} --follow")
-        return 0
-    return follow(run)
+    return follow_or_detach(run, options.detach)
 
 
 def _sync(options: Any) -> int:

@@ -38,6 +38,16 @@ _QUEUE_POLL_S = {"slurm": 4.0, "local": 1.0}
 _PATIENCE_S = {"finished": 45.0, "failed": 180.0}
 
 
+def follow_or_detach(run: RunDirectory, detach: bool) -> int:
+    """Ends a command that has submitted a run; see follow() for the exit status. detach: 0, without waiting."""
+    if warning := job_state.requeue_warning(submissions(run)[-1]):
+        print(f"warning: {warning}")
+    if not detach:
+        return follow(run)
+    print(f"submitted {run.name}; follow it: python workflows/runs.py logs {run.name} --follow")
+    return 0
+
+
 def follow(run: RunDirectory) -> int:
     """Displays the run's last submission until it ends. Returns the exit status of the command.
 

@@ -77,33 +77,26 @@ def preflight(
 
 
 def report_text(report: Report) -> str:
+    """Returns a table of the nodes, the speed of the network, the findings and the verdict."""
     hosts: dict[str, list[Facts]] = {}
     for fact in report.facts:
         hosts.setdefault(fact.host, []).append(fact)
     header = ["NODE", "RANKS", "DEVICE", "FREE MEMORY", "FREE DISK", "CLOCK", "TORCH", "CODE"]
-    rows = [_row(host, facts, report.facts[0]) for host, facts in hosts.items()]
+    rows = [_row(facts, report.facts[0].clock) for facts in hosts.values()]
     lines = [table(header, rows, right=["RANKS", "FREE MEMORY", "FREE DISK", "CLOCK"])]
-    net = report.network
-    if net is not None:
-        lines.append(f"all-reduce over {count(len(report.facts), 'rank')}: {net}")
+    if report.network is not None:
+        lines.append(f"all-reduce over {count(len(report.facts), 'rank')}: {report.network}")
     lines += [f"{finding.level}: {finding.text}" for finding in report.findings]
-    word = "failed" if report.texts("error") else "passed"
-    return "\n".join([*lines, f"{word}; the checks took {report.seconds:.1f} s"])
+    verdict = "failed" if report.texts("error") else "passed"
+    return "\n".join([*lines, f"{verdict}; the checks took {report.seconds:.1f} s"])
 
 
-def _row(host: str, facts: list[Facts], first: Facts) -> list[str]:
-    mine = facts[0]
-    device = "CPU"
-    if mine.gpu is not None:
-        major, minor = mine.gpu.capability
-        device = f"{len(facts)} × {mine.gpu.name} (sm_{major}{minor})"
-    return [
-        host,
-        str(len(facts)),
-        device,
-        size(min(fact.free_memory for fact in facts)),
-        "" if mine.free_disk is None else size(mine.free_disk),
-        f"{mine.clock - first.clock:+.1f} s",
-        mine.torch,
-        (mine.code or "")[:12],
-    ]
+def _row(facts: list[Facts], clock: float) -> list[str]:
+    first, device = facts[0], "CPU"
+    if first.gpu is not None:
+        major, minor = first.gpu.capability
+        device = f"{len(facts)} × {first.gpu.name} (sm_{major}{minor})"
+    free_memory = size(min(fact.free_memory for fact in facts))
+    free_disk = "" if first.free_disk is None else size(first.free_disk)
+    places = [first.host, str(len(facts)), device, free_memory, free_disk]
+    return [*places, f"{first.clock - clock:+.1f} s", first.torch, (first.code or "")[:12]]

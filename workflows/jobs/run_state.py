@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from cvae.config.experiment import Experiment
 from cvae.data.draws import chosen_count
-from cvae.data.store import MANIFEST, store_path
+from cvae.data.store import MANIFEST, Manifest, store_path
 from cvae.errors import UserError
 from cvae.files import json_file
 from cvae.run import journal
@@ -17,6 +17,7 @@ from slurm.commands import JobState
 from slurm.job_state import Submission
 
 _SUBMISSIONS = TypeAdapter(list[Submission])
+_MANIFEST = TypeAdapter(Manifest)
 NO_JOB = JobState("ended", "NONE", "it was never submitted")
 
 
@@ -85,19 +86,6 @@ def judge(marks: list[Line], job: JobState, cancelled: bool) -> RunState:
     return RunState("died", f"its job ended as {job.slurm_state}" if submitted else job.reason, job)
 
 
-class _Images(BaseModel):
-    images: int
-
-
-class _Manifest(BaseModel):
-    """The part of a store's manifest that is needed here; the store is not opened, as it may be gone."""
-
-    splits: dict[str, _Images]
-
-
-_MANIFEST = TypeAdapter(_Manifest)
-
-
 def total_steps(run: RunDirectory) -> int | None:
     """Returns the steps of the whole run; None if its experiment cannot be read or its data are gone."""
     try:
@@ -107,7 +95,10 @@ def total_steps(run: RunDirectory) -> int | None:
 
 
 def total_steps_of(experiment: Experiment) -> int | None:
-    """Returns the steps of the whole training on its share of the data; None if the data are gone."""
+    """Returns the steps of the whole training on its share of the data; None if the data are gone.
+
+    Only the store's manifest is read: the rest may be gone.
+    """
     data = experiment.data
     try:
         manifest = json_file.load(store_path(data.name, data.image_size) / MANIFEST, _MANIFEST)

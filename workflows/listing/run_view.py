@@ -3,7 +3,7 @@
 import textwrap
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
@@ -34,34 +34,26 @@ from workflows.listing.attempt_summary import attempt_lines
 from workflows.terminal.formatting import Fact, aligned, clock, duration, shown, table
 
 T = TypeVar("T")
+_Row = tuple[Submission | None, Callable[[JobState], list[str]]]
+"""The submission whose job has to be queried, if any, and what makes the row's cells of the job's state."""
 _NOTICES_SHOWN = 10
-
-
-class _Row(NamedTuple):
-    """The data of a row of the list: each file of the run, read once."""
-
-    run: RunDirectory
-    experiment: Experiment
-    last: Submission | None
-    lines: list[Line]
-    marks: list[Line]
-    settled: bool
 
 
 def list_text(runs: list[RunDirectory]) -> str:
     """Returns a table of runs, and below it a line for each that cannot be read."""
-    rows, notes = [], []
+    rows: list[_Row] = []
+    notes = []
     for run in runs:
         try:
             rows.append(_read(run))
         except (UserError, OSError) as error:
             notes.append(f"{printable(run.name)}  unreadable: {_reason(run, error)}")
-    open_jobs = [row.last for row in rows if not row.settled and row.last is not None]
-    states = iter(job_state.look_at_all(open_jobs))
-    jobs = [NO_JOB if row.settled or row.last is None else next(states) for row in rows]
-    header = ["RUN", "STATUS", "STEP", "VAL LOSS", "WHERE", "AGE"]
-    cells = [_cells(row, job) for row, job in zip(rows, jobs, strict=True)]
+    # One query for all jobs.
+    states = iter(job_state.look_at_all([submission for submission, _ in rows if submission]))
+    jobs = [next(states) if submission else NO_JOB for submission, _ in rows]
+    cells = [cells_of(job) for (_, cells_of), job in zip(rows, jobs, strict=True)]
     unknown = [printable(f"unknown: {job.reason}") for job in jobs if job.phase == "unknown"]
+    header = ["RUN", "STATUS", "STEP", "VAL LOSS", "WHERE", "AGE"]
     text = table(header, cells, right=["STEP", "VAL LOSS", "AGE"])
     return "\n".join([text, *dict.fromkeys(unknown), *notes])
 
@@ -73,27 +65,26 @@ def _reason(run: RunDirectory, error: UserError | OSError) -> str:
 
 
 def _read(run: RunDirectory) -> _Row:
-    """Raises UserError or OSError if a file of the run is damaged or cannot be read."""
+    """Reads each file of the run once. Raises UserError or OSError if one is damaged or cannot be read."""
     if run.name != printable(run.name):
         raise UserError("its name is not printable text in UTF-8; rename the folder")
     experiment, last = run.experiment(), last_submission(run)
     offset = last.journal_offset if last is not None else 0
-    before = journal.read_outline(run.journal_file, 0, offset)
     since = journal.read_outline(run.journal_file, offset)
-    marks = marks_of(since)
-    return _Row(run, experiment, last, before + since, marks, is_settled(run, marks, last))
+    lines = journal.read_outline(run.journal_file, 0, offset) + since
+    marks, best = marks_of(since), best_epoch(lines)
 
+    def cells(job: JobState) -> list[str]:
+        return [
+            run.name,
+            judge(marks, job, last is not None and last.cancelled is not None).status,
+            _progress(lines, experiment, "/"),
+            f"{best['metrics']['val/loss']:.2f}" if best else "",
+            printable(f"{last.cluster}, {count(last.world_size, 'rank')}") if last else "",
+            duration(time.time() - run.created),
+        ]
 
-def _cells(row: _Row, job: JobState) -> list[str]:
-    best, last = best_epoch(row.lines), row.last
-    return [
-        row.run.name,
-        judge(row.marks, job, last is not None and last.cancelled is not None).status,
-        _progress(row.lines, row.experiment, "/"),
-        f"{best['metrics']['val/loss']:.2f}" if best else "",
-        printable(f"{last.cluster}, {count(last.world_size, 'rank')}") if last else "",
-        duration(time.time() - row.run.created),
-    ]
+    return None if is_settled(run, marks, last) else last, cells
 
 
 def _progress(lines: list[Line], experiment: Experiment | None, of: str) -> str:
