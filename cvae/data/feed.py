@@ -1,4 +1,4 @@
-"""Batches on their way to the device: gathered from the memory map some steps ahead of the training loop."""
+"""Reads batches from the store and moves them to the device, some steps ahead of the training loop."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from cvae.data.experiment_data import ExperimentData
 from cvae.data.store import Split
 
 _AHEAD = 2
-# Small batches are made by the dozen: each of them then costs less, and so does the waking of the thread.
+# Prepared up to 16 batches at a time, at most 4 MB: waking the thread for each small batch costs more.
 _BLOCK, _BLOCK_BYTES = 16, 4 << 20
 
 
 class MicroBatch(NamedTuple):
-    """What the model takes at once: b images of this rank's share of the global batch, on the device."""
+    """b images of this rank's share of the global batch, on the device; the model takes them at once."""
 
     images: Tensor  # (b, C, H, W) uint8
     condition: Tensor | None  # (b, condition_dim) float32
@@ -34,7 +34,7 @@ def micro_batches(
     micro_batch_size: int | None,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """A rank's share of a global batch, cut so that no piece exceeds micro_batch_size."""
+    """Returns a rank's share of a global batch in pieces of at most micro_batch_size images."""
     size = micro_batch_size or max(1, share.stop - share.start)
     pieces = []
     for start in range(share.start, share.stop, size):
@@ -59,7 +59,7 @@ def training_feed(
     micro_batch_size: int | None,
     device: torch.device,
 ) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches for each of `steps`, prepared in a thread while the device computes."""
+    """Yields this rank's micro-batches of each step, prepared in a thread while the device computes."""
 
     def prepare(block: range) -> list[list[MicroBatch]]:
         return [

