@@ -1,4 +1,4 @@
-"""The sha256 of files and of JSON values."""
+"""The checksums of files and of JSON values."""
 
 import hashlib
 import json
@@ -11,7 +11,15 @@ _BLOCK = 4 << 20
 
 def sha256_of_file(path: Path, advance: Callable[[int], object] | None = None) -> str:
     """Returns the sha256 of a file. `advance` is called with the size of each block that was read."""
-    digest = hashlib.sha256()
+    return _hash(hashlib.sha256(), path, advance)
+
+
+def md5_of_file(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """Returns the MD5 of a file, by which some publishers identify it; not safe against attacks."""
+    return _hash(hashlib.md5(usedforsecurity=False), path, advance)
+
+
+def _hash(digest: "hashlib._Hash", path: Path, advance: Callable[[int], object] | None) -> str:
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)

@@ -1,4 +1,4 @@
-"""The official archives of MS COCO 2017, fetched and unpacked."""
+"""Downloads and unpacks the official archives of MS COCO 2017."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cvae.errors import UserError
-from cvae.preparation.download import fetch, file_md5, partial_file
+from cvae.preparation.download import checked_md5, fetch, partial_file
 from cvae.preparation.store_writer import locked
 from cvae.progress import progress_bar
 
@@ -37,12 +37,11 @@ ANNOTATIONS = Archive(
 
 
 def download_coco(root: Path, folders: Sequence[str], url: str = URL) -> None:
-    """Brings what is absent of <root>/<folder>/ and <root>/annotations/captions_<folder>.json.
+    """Downloads what is absent of <root>/<folder>/ and <root>/annotations/captions_<folder>.json.
 
-    Archives that lie in `root` are used, others fetched into <root>/.download and removed once they are
-    unpacked. Killed at any moment and called again, it goes on where it was. Raises UserError for a folder
-    that COCO 2017 does not have, without network, for an archive that is not the published one, and when
-    there is no room.
+    Uses archives that are in `root`; downloads others to <root>/.download and removes them once they are
+    unpacked. Continues after a kill. Raises UserError for a folder that COCO 2017 does not have, without
+    network, for an archive that is not the published one, and if the disk is too small.
     """
     for folder in folders:
         if folder not in IMAGES:
@@ -51,40 +50,47 @@ def download_coco(root: Path, folders: Sequence[str], url: str = URL) -> None:
         raise UserError(f"{root} is a file; it must be the folder of a COCO download")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / "download"):
-        # The captions first: they are small, and without them the images are of no use.
-        members = [f"annotations/captions_{folder}.json" for folder in IMAGES]
-        if not all((root / f"annotations/captions_{folder}.json").is_file() for folder in folders):
+        # First the captions, which are small: without them the images are useless.
+        captions = [f"captions_{folder}.json" for folder in IMAGES]
+        if not all((root / "annotations" / f"captions_{f}.json").is_file() for f in folders):
             with _opened(root, ANNOTATIONS, url, ANNOTATIONS.bytes) as archive:
-                _unpack_files(archive, root, members)
-        _forget(root, ANNOTATIONS)
+                _unpack(archive, "annotations", root / "annotations", captions)
+        _discard(root, ANNOTATIONS)
         for folder in folders:
             if not (root / folder).is_dir():
-                nascent = root / f".{folder}.unpacking"
-                there = nascent.iterdir() if nascent.is_dir() else ()
-                room = IMAGES[folder].bytes - sum(file.stat().st_size for file in there)
+                unpacking = root / f".{folder}.unpacking"
+                files = list(unpacking.iterdir()) if unpacking.is_dir() else []
+                room = IMAGES[folder].bytes - sum(file.stat().st_size for file in files)
+                for file in unpacking.glob(".*"):
+                    file.unlink()
                 with _opened(root, IMAGES[folder], url, room) as archive:
-                    _unpack_folder(archive, nascent, folder)
+                    _unpack(archive, folder, unpacking)
                 os.sync()
-                os.replace(nascent, root / folder)
-            _forget(root, IMAGES[folder])
+                os.replace(unpacking, root / folder)
+            _discard(root, IMAGES[folder])
 
 
 @contextmanager
 def _opened(root: Path, archive: Archive, url: str, room: int) -> Iterator[zipfile.ZipFile]:
-    """The archive that a person has placed, else the one that is fetched.
+    """Opens the archive that a person has placed in `root`, else downloads it.
 
-    room: bytes that is unpacked of it. Raises UserError where it is damaged, also from within the block.
+    room: bytes to be unpacked from it. Raises UserError if it is damaged, also within the block.
     """
     path = root / archive.name
     if path.is_file():
-        if file_md5(path) != archive.md5:
+        if checked_md5(path) != archive.md5:
             raise UserError(f"{path} is not the published file (its MD5 differs)")
     else:
-        path = _ours(root, archive)
+        path = _downloaded(root, archive)
         path.parent.mkdir(exist_ok=True)
-        files = (path, partial_file(path))
-        have = max((file.stat().st_size for file in files if file.exists()), default=0)
-        _check_room(root, archive.bytes - have + room)
+        files = [file for file in (path, partial_file(path)) if file.exists()]
+        needed = archive.bytes - max((file.stat().st_size for file in files), default=0) + room
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise UserError(
+                f"{root} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed for the"
+                " archive and what is unpacked from it"
+            )
         fetch(
             f"{url}/{archive.path}",
             path,
@@ -98,60 +104,40 @@ def _opened(root: Path, archive: Archive, url: str, room: int) -> Iterator[zipfi
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def _ours(root: Path, archive: Archive) -> Path:
-    """Where it is fetched to; what lies there is ours to remove."""
+def _downloaded(root: Path, archive: Archive) -> Path:
     return root / ".download" / archive.name
 
 
-def _forget(root: Path, archive: Archive) -> None:
-    path = _ours(root, archive)
+def _discard(root: Path, archive: Archive) -> None:
+    """Removes a downloaded archive, but not one that a person has placed in `root`."""
+    path = _downloaded(root, archive)
     path.unlink(missing_ok=True)
-    with suppress(OSError):  # another archive is there, or there is no such folder
+    with suppress(OSError):  # the folder holds another archive, or is absent
         path.parent.rmdir()
 
 
-def _check_room(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{root} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed for the archive "
-            "and what is unpacked from it"
-        )
-
-
-def _unpack_files(archive: zipfile.ZipFile, root: Path, members: Sequence[str]) -> None:
-    for name in members:
-        (root / name).parent.mkdir(exist_ok=True)
-        if not (root / name).exists():
-            _extract(archive, archive.getinfo(name), root / name)
-
-
-def _unpack_folder(archive: zipfile.ZipFile, nascent: Path, folder: str) -> None:
-    """Unpacks <folder>/* of the archive into `nascent`, those that are not there."""
-    nascent.mkdir(exist_ok=True)
+def _unpack(archive: zipfile.ZipFile, source: str, target: Path, names: Sequence[str] = ()) -> None:
+    """Unpacks the files of the archive's folder `source`, or those of `names`, that `target` lacks."""
+    target.mkdir(exist_ok=True)
     members = {
-        member.filename.removeprefix(f"{folder}/"): member
+        member.filename.removeprefix(f"{source}/"): member
         for member in archive.infolist()
-        if member.filename.startswith(f"{folder}/") and not member.is_dir()
+        if member.filename.startswith(f"{source}/") and not member.is_dir()
     }
+    members = {name: members[name] for name in names or members}
     for name in members:
         if "/" in name or name.startswith("."):
             raise UserError(
-                f"{archive.filename} holds {folder}/{name}, which is not an image of COCO"
+                f"{archive.filename} holds {source}/{name}, which is not a file of COCO"
             )
-    for file in nascent.glob(".*"):
-        file.unlink()
-    there = set(os.listdir(nascent))
-    todo = {name: member for name, member in members.items() if name not in there}
-    with progress_bar(len(members), "image", f"{folder}: unpack", len(there)) as bar:
-        for name, member in todo.items():
-            _extract(archive, member, nascent / name)
+    present = set(os.listdir(target))
+    missing = [name for name in members if name not in present]
+    done = len(members) - len(missing)
+    with progress_bar(len(members), "file", f"{source}: unpack", done) as bar:
+        for name in missing:
+            # Renamed when complete; reading its last block checks the CRC.
+            temporary = target / f".{name}"
+            with archive.open(members[name]) as packed, temporary.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+            os.replace(temporary, target / name)
             bar.update()
-
-
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    """The file is there when it is whole; its CRC is checked at the last read."""
-    temporary = path.with_name(f".{path.name}")
-    with archive.open(member) as source, temporary.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-    os.replace(temporary, path)

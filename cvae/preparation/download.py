@@ -1,6 +1,5 @@
-"""Files from the web: resumed where they were, checked, visible when they are whole."""
+"""Downloads files: resumes what broke off, checks it, and names it once it is complete."""
 
-import hashlib
 import http.client
 import os
 import time
@@ -11,19 +10,26 @@ from pathlib import Path
 from typing import TypeVar
 
 from cvae.errors import UserError
+from cvae.files.checksums import md5_of_file
 from cvae.progress import progress_bar
 
 _TIMEOUT_S = 30
 _BLOCK = 1 << 16
-_TRIES = 4  # in a row that bring nothing; the waits between them double, from a second on
+_TRIES = 4  # in a row without a byte; the waits between them double, from a second on
 T = TypeVar("T")
 
 
-def fetch(url: str, path: Path, md5: str, instead: str) -> None:
-    """Fetches `url` to `path`, unless it is there; what an earlier call got of it is kept.
+class _ConnectionLost(Exception):
+    def __init__(self, reason: object, final: bool = False):
+        super().__init__(str(reason))
+        self.final = final
 
-    A connection that breaks is made anew. instead: what a person without network can do. Raises UserError
-    when the server cannot be reached, or when what it sends has another MD5.
+
+def fetch(url: str, path: Path, md5: str, instead: str) -> None:
+    """Downloads `url` to `path` unless the file exists; continues what an earlier call has downloaded.
+
+    Lost connections are restored. instead: advice for a person without network. Raises UserError if the
+    server cannot be reached or sends a file with another MD5.
     """
     if path.exists():
         return
@@ -34,82 +40,70 @@ def fetch(url: str, path: Path, md5: str, instead: str) -> None:
         try:
             _receive(url, partial)
             break
-        except _Broken as broken:
+        except _ConnectionLost as lost:
             fruitless = fruitless + 1 if _size(partial) == before else 0
-            # A server that was never reached will hardly be in a second.
-            if broken.final or fruitless >= _TRIES or (fruitless and before == 0):
+            # A server that has never answered will hardly do so a second later.
+            if lost.final or fruitless >= _TRIES or (fruitless and before == 0):
                 kept = "; what came is kept, start again to go on" if _size(partial) else ""
-                raise UserError(f"cannot download {url} ({broken}){kept}; {instead}") from None
+                raise UserError(f"cannot download {url} ({lost}){kept}; {instead}") from None
             time.sleep(2**fruitless)
-    if file_md5(partial) != md5:
+    if checked_md5(partial) != md5:
         partial.unlink()
         raise UserError(f"{url} is not the published file (its MD5 differs)")
     os.replace(partial, path)
 
 
 def partial_file(path: Path) -> Path:
-    """Where fetch keeps what it has of `path`."""
+    """Returns where fetch keeps the downloaded part of `path`."""
     return path.with_name(f".{path.name}.part")
 
 
-def file_md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with (
-        path.open("rb") as file,
-        progress_bar(_size(path), "B", f"{path.name}: check", delay=2) as bar,
-    ):
-        while block := file.read(1 << 20):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
-
-
-class _Broken(Exception):
-    def __init__(self, reason: object, final: bool = False):
-        super().__init__(str(reason))
-        self.final = final
+def checked_md5(path: Path) -> str:
+    """Returns the MD5 of a file, with a progress bar if it is large."""
+    with progress_bar(_size(path), "B", f"{path.name}: check", delay=2) as bar:
+        return md5_of_file(path, bar.update)
 
 
 def _receive(url: str, partial: Path) -> None:
-    """Appends to `partial` what it lacks of the file. Raises _Broken when the connection does not hold."""
-    have = _size(partial)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    """Appends the rest of the file to `partial`. Raises _ConnectionLost if the network fails."""
+    start = _size(partial)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        answer = _heard(lambda: urllib.request.urlopen(request, timeout=_TIMEOUT_S))
+        response = _on_network(lambda: urllib.request.urlopen(request, timeout=_TIMEOUT_S))
     except urllib.error.HTTPError as error:
         if error.code != 416:
-            raise _Broken(error.reason, final=error.code < 500) from None
-        # There is nothing after what we have: it is all, or it is something else.
-        if error.headers.get("Content-Range") == f"bytes */{have}":
+            raise _ConnectionLost(error.reason, final=error.code < 500) from None
+        # Nothing follows what we have: it is complete, or it is another file.
+        if error.headers.get("Content-Range") == f"bytes */{start}":
             return
         partial.unlink()
-        raise _Broken("the file on the server is shorter than what was got") from None
-    with answer:
-        if answer.status != 206:  # a server that only sends files whole
-            have = 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        raise _ConnectionLost("the file on the server is shorter than what was got") from None
+    with response:
+        if response.status != 206:  # the server sends whole files only
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
         with (
-            partial.open("ab" if have else "wb") as file,
-            progress_bar(total or 0, "B", url.rpartition("/")[2], have) as bar,
+            partial.open("ab" if start else "wb") as file,
+            progress_bar(total or 0, "B", url.rpartition("/")[2], start) as bar,
         ):
-            while block := _heard(lambda: answer.read(_BLOCK)):
+            while block := _on_network(lambda: response.read(_BLOCK)):
                 file.write(block)
                 bar.update(len(block))
             file.flush()
             os.fsync(file.fileno())
     if total is not None and _size(partial) < total:
-        raise _Broken("the connection broke off")
+        raise _ConnectionLost("the connection broke off")
 
 
-def _heard(call: Callable[[], T]) -> T:
-    """What the call returns; only what goes wrong on the network is _Broken, not a full disk."""
+def _on_network(call: Callable[[], T]) -> T:
+    """Returns call(). Raises _ConnectionLost for errors of the network, unlike those of the disk."""
     try:
         return call()
     except urllib.error.HTTPError:
         raise
     except (http.client.HTTPException, OSError) as error:
-        raise _Broken(getattr(error, "reason", None) or error) from None
+        raise _ConnectionLost(getattr(error, "reason", None) or error) from None
 
 
 def _size(path: Path) -> int:

@@ -23,18 +23,8 @@ from cvae.preparation.store_writer import (
 )
 
 IMAGE_SIZE = 28
-CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
+CLASSES = _CLASSES.split(", ")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 MD5 = {
@@ -49,9 +39,9 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
     """Prepares fashion_mnist-28 with the splits train and test.
 
-    source: a folder of the four idx or idx.gz files; by default Debian's, else a download.
-    Raises UserError for a file that is missing, cut short or no idx file, when a download fails,
-    and when the store was prepared from other files or is being prepared by another process.
+    source: a folder of the four idx or idx.gz files; by default Debian's, else they are downloaded.
+    Raises UserError if a file is missing or damaged, if a download fails, or if the store was prepared
+    from other files or is being prepared by another process.
     """
     path = store_path("fashion_mnist", IMAGE_SIZE)
     with building(path) as folder:
@@ -63,21 +53,20 @@ def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
             source = DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else download(folder / "download", URL)
         data = {split: _read_split(source, prefix) for split, prefix in _PREFIXES.items()}
         if manifest is not None:
-            for split, content in manifest.splits.items():
-                if content.source != data[split][2]:
-                    raise UserError(
-                        f"{path} was prepared from other files than those in {source}; "
-                        "delete that folder to prepare it anew"
-                    )
-        if complete:
-            return Prepared(Store(path), made=False)
+            if any(content.source != data[name][2] for name, content in manifest.splits.items()):
+                raise UserError(
+                    f"{path} was prepared from other files than those in {source}; "
+                    "delete that folder to prepare it anew"
+                )
+            if complete:
+                return Prepared(Store(path), made=False)
         splits = {}
-        for split, (images, labels, origin) in data.items():
+        for split, (images, labels, checksums) in data.items():
             save_array(folder / split / "images.npy", images[:, None])
             save_array(folder / split / "labels.npy", labels.astype(np.int64))
             save_array(folder / split / "ids.npy", np.arange(len(images), dtype=np.int64))
             splits[split] = SplitManifest(
-                source=origin,
+                source=checksums,
                 images=len(images),
                 captions=0,
                 skipped=[],
@@ -95,50 +84,45 @@ def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
 
 
 def download(folder: Path, url: str) -> Path:
-    """Fetches the four files into `folder`, those that are not there already; checks their MD5.
+    """Downloads the four files that `folder` lacks, checks their MD5 and returns the folder.
 
-    Raises UserError when the server cannot be reached or sends something else.
+    Raises UserError if the server cannot be reached or sends something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    instead = (
+        "without network install Debian's package dataset-fashion-mnist or give a folder of the "
+        "idx files: --source DIR"
+    )
     for name, md5 in MD5.items():
-        fetch(
-            f"{url}/{name}",
-            folder / name,
-            md5,
-            "without network install Debian's package dataset-fashion-mnist or give a folder of the "
-            "idx files: --source DIR",
-        )
+        fetch(f"{url}/{name}", folder / name, md5, instead)
     return folder
 
 
 def _read_split(
     folder: Path, prefix: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, str]]:
-    """Images (N, 28, 28), labels (N,), and the checksums of what they were read from."""
-    images, images_sha256 = read_idx(_find(folder, f"{prefix}-images-idx3-ubyte"), 3)
-    labels, labels_sha256 = read_idx(_find(folder, f"{prefix}-labels-idx1-ubyte"), 1)
-    where = f"{folder}/{prefix}-*"
+    """Returns images (N, 28, 28), labels (N,) and the checksums of their files."""
+    images, images_sha256 = read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels, labels_sha256 = read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    files = f"{folder}/{prefix}-*"
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE) or len(images) == 0:
-        raise UserError(f"{where}: images are {images.shape}, not (N, {IMAGE_SIZE}, {IMAGE_SIZE})")
+        raise UserError(f"{files}: images are {images.shape}, not (N, {IMAGE_SIZE}, {IMAGE_SIZE})")
     if len(images) != len(labels):
-        raise UserError(f"{where}: {len(images)} images but {len(labels)} labels")
+        raise UserError(f"{files}: {len(images)} images but {len(labels)} labels")
     if labels.max() >= len(CLASSES):
-        raise UserError(f"{where}: label {labels.max()}; Fashion-MNIST has 0 to {len(CLASSES) - 1}")
+        raise UserError(f"{files}: label {labels.max()}; Fashion-MNIST has 0 to {len(CLASSES) - 1}")
     return images, labels, {"images_sha256": images_sha256, "labels_sha256": labels_sha256}
 
 
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    raise UserError(f"{folder} has neither {name}.gz nor {name}")
+def read_idx(folder: Path, name: str, dims: int) -> tuple[NDArray[np.uint8], str]:
+    """Returns the byte array of an idx file (yann.lecun.com/exdb/mnist), and the file's sha256.
 
-
-def read_idx(path: Path, dims: int) -> tuple[NDArray[np.uint8], str]:
-    """An array of bytes in the idx format (yann.lecun.com/exdb/mnist), and the sha256 of the file.
-
-    The checksum is that of the uncompressed file. Raises UserError when the file is damaged.
+    The file may be compressed, <name>.gz; its sha256 is that of the uncompressed content. Raises
+    UserError if the file is absent or damaged.
     """
+    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} has neither {name}.gz nor {name}")
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
