@@ -23,18 +23,21 @@ DONE = ("COMPLETED", "FORGOTTEN")
 # Answers after which asking again is of no use. Others (time-outs, a controller in standby mode, errors of munge)
 # may pass.
 _FINAL = re.compile(
-    r"disabled|Invalid job id|denied|violates|not permitted|not supported|not installed|Only batch"
+    r"disabled|Invalid job id|denied|violates|not permitted|not supported|Only batch"
     r"|failed to fetch config"
 )
 
 
 class SlurmError(UserError):
-    """A command of SLURM cannot be run, does not answer, or complains."""
+    """A command of SLURM cannot be run, does not answer, or complains.
 
-    @property
-    def is_final(self) -> bool:
-        """Whether asking again is of no use."""
-        return _FINAL.search(str(self)) is not None
+    complaint: SLURM's own words, "" if there are none. is_final: asking again is of no use.
+    """
+
+    def __init__(self, message: str, complaint: str = "", is_final: bool = False) -> None:
+        super().__init__(message)
+        self.complaint = complaint
+        self.is_final = is_final or _FINAL.search(complaint) is not None
 
 
 class NodeSize(NamedTuple):
@@ -135,7 +138,7 @@ class Slurm:
             jobs = f"--jobs={','.join(job_ids)}"
             text = self._run("squeue", "--noheader", "--states=all", jobs, columns)
         except SlurmError as error:
-            if "Invalid job id" not in str(error):
+            if "Invalid job id" not in error.complaint:
                 return dict.fromkeys(job_ids, JobState("unknown", "UNKNOWN", str(error)))
             if len(job_ids) > 1:
                 # Some SLURMs refuse the whole list for one job that they have forgotten.
@@ -200,7 +203,7 @@ class Slurm:
             self._run("scontrol", "requeue", job_id)
         except SlurmError as error:
             # An earlier request, whose answer was lost, has been carried out.
-            if "pending execution" not in str(error):
+            if "pending execution" not in error.complaint:
                 raise
 
     def hold_off(self, job_id: str, nodes: list[str], pause_s: float) -> None:
@@ -243,13 +246,16 @@ class Slurm:
                 env=_own_options() | self.environment,
             )
         except FileNotFoundError:
-            raise SlurmError(f"SLURM's {command[0]} is not installed here") from None
+            raise SlurmError(f"SLURM's {command[0]} is not installed here", is_final=True) from None
         except OSError as error:
-            raise SlurmError(f"SLURM's {command[0]} cannot be run: {error.strerror}") from None
+            final = isinstance(error, PermissionError)
+            problem = f"SLURM's {command[0]} cannot be run: {error.strerror}"
+            raise SlurmError(problem, is_final=final) from None
         except subprocess.TimeoutExpired:
             raise SlurmError(f"SLURM's {command[0]} did not answer in {timeout:.0f} s") from None
         if done.returncode:
-            raise SlurmError(f"SLURM says: {complaint(done.stderr) or f'{command[0]} failed'}")
+            words = complaint(done.stderr) or f"{command[0]} failed"
+            raise SlurmError(f"SLURM says: {words}", words)
         return done.stdout + done.stderr if both else done.stdout
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slurm import executors, local_jobs
+from slurm import executors
 from slurm.cluster_file import ClusterConfig, Placement
 from slurm.executors import Job
 
@@ -37,19 +37,21 @@ def test_submitits_batch_script() -> None:
 
 
 def test_submitits_local_executor(monkeypatch: Any, tmp_path: Path) -> None:
-    """local_jobs replaces how submitit starts and watches its processes."""
-    methods = ("_submit_command", "_internal_update_parameters")
-    assert_has(local_jobs.LocalExecutor, methods, "local_jobs.DetachedExecutor")
-    methods = ("start_tasks", "kill_tasks", "_forward_signal")
-    assert_has(local_jobs.Controller, methods, "local_jobs._Controller")
+    """slurm/local_jobs.py replaces how submitit starts and watches its processes."""
+    from submitit.local.local import Controller, LocalExecutor
+
+    parent = ["_submit_command", "_internal_update_parameters"]
+    assert_has(LocalExecutor, parent, "slurm/local_jobs.py")
+    methods = ["start_tasks", "kill_tasks", "_forward_signal"]
+    assert_has(Controller, methods, "slurm/local_jobs.py")
     for name, value in (("COMMAND", "true"), ("NTASKS", "1"), ("TIMEOUT_S", "0")):
         monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
     for name in ("LOCAL_SIGNAL_DELAY_S", "LOCAL_WITH_SHELL", "STDERR_TO_STDOUT"):
         monkeypatch.setenv(f"SUBMITIT_{name}", "0" if name.endswith("_S") else "")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        controller = local_jobs.Controller(tmp_path)
-        assert_has(controller, ("tasks", "folder", "pid"), "local_jobs._Controller")
+        controller = Controller(tmp_path)
+        assert_has(controller, ["tasks", "folder", "pid"], "slurm/local_jobs.py")
         assert signal.getsignal(signal.SIGTERM) == controller._forward_signal
     finally:
         signal.signal(signal.SIGTERM, before)
