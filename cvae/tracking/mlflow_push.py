@@ -13,7 +13,9 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ _THUMBNAIL = 256  # pixels, as in MLflow's own log_image
 _RUN_DIR_TAG = "cvae.run_dir_id"
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"}
-_MOST_ATTEMPTS = 10
+_MOST_FAILURES = 10
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Pusher:
         self._journal = run_dir / mlflow_state.JOURNAL_FILE
         self._client: MlflowClient | None = None
         self._run_id = ""
-        self._failures = 0
+        self._failures: Counter[str] = Counter()
         self._actions: dict[str, Callable[[Line], None]] = {
             "start": self._start,
             "end": self._end,
@@ -99,7 +101,7 @@ class Pusher:
                 flush()
                 points, lines = [], 0
             if action and line:
-                self._attempt(lambda action=action, line=line: action(line), line)  # type: ignore[misc]
+                self._attempt(partial(action, line), str(line))
             points += new
             end, lines = next_end, lines + 1
         flush()
@@ -166,22 +168,21 @@ class Pusher:
 
     def _log_points(self, points: list[Metric]) -> None:
         """Logs points in batches; those of a batch that MLflow refuses one by one."""
+        log = partial(self._api.log_batch, self._run_id)
         for start in range(0, len(points), _POINTS_PER_BATCH):
             batch = points[start : start + _POINTS_PER_BATCH]
-            if self._attempt(lambda batch=batch: self._api.log_batch(self._run_id, batch)):  # type: ignore[misc]
-                continue
-            for point in batch:
-                self._attempt(
-                    lambda point=point: self._api.log_batch(self._run_id, [point]),  # type: ignore[misc]
-                    f"{point.key} at step {point.step}",
-                )
+            if not self._attempt(partial(log, batch), f"the points from {_name(batch[0])} on"):
+                for point in batch:
+                    self._attempt(partial(log, [point]), _name(point), most_failures=1)
 
-    def _attempt(self, call: Callable[[], object], subject: object = None) -> bool:
-        """Returns True, or False if MLflow refuses the call; the log then names its subject, if given.
+    def _attempt(
+        self, call: Callable[[], object], subject: str, most_failures: int = _MOST_FAILURES
+    ) -> bool:
+        """Returns whether the call succeeded; if not, MLflow refuses it, and the log names its subject.
 
         Raises the call's exception if it may succeed later, as while MLflow is away. A refusal is an
-        answer that the request is wrong, or a request that fails time and again while MLflow takes
-        another one. (A server that is down, stuck or out of disk takes none.)
+        answer that the request is wrong, or that many failures of the call while MLflow takes another
+        request. (A server that is down, stuck or out of disk takes none.)
         """
         try:
             call()
@@ -191,15 +192,13 @@ class Pusher:
                     self._api.set_tag(self._run_id, "cvae.probed", uuid.uuid4().hex)
                 except Exception:
                     raise error from None
-                self._failures += 1
+                self._failures[subject] += 1
                 code = getattr(error, "error_code", None)
-                if code not in _REFUSALS and self._failures < _MOST_ATTEMPTS:
+                if code not in _REFUSALS and self._failures[subject] < most_failures:
                     raise
-            if subject is not None:
-                _log.error("MLflow refuses %s: %s: %s", subject, type(error).__name__, error)
-            self._failures = 0
+            _log.error("MLflow refuses %s: %s: %s", subject, type(error).__name__, error)
             return False
-        self._failures = 0
+        del self._failures[subject]
         return True
 
     def _start(self, line: Line) -> None:
@@ -272,6 +271,10 @@ class Pusher:
 def _points(line: Line) -> list[Metric]:
     time, metrics = _milliseconds(line["time"]), line.get("metrics", {})
     return [Metric(name, value, time, line["step"]) for name, value in metrics.items()]
+
+
+def _name(point: Metric) -> str:
+    return f"{point.key} at step {point.step}"
 
 
 def _text(value: Any) -> str:

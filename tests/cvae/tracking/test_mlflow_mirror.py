@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,6 +29,8 @@ from cvae.tracking.mlflow_mirror import behind, last_log_line, start_mirror, syn
 
 mlflow_mirror.prepare_mlflow()
 
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from cvae.tracking.mlflow_push import Pusher  # noqa: E402
@@ -285,6 +288,31 @@ def test_what_mlflow_refuses_holds_up_nothing_else(
     assert points(home / "mlflow.db", run) == sorted([*each_once(1, 2, 6), ("train/loss", 3)])
     for name in ("what?", "missing.png", "'path'", "missing", "broken.png"):
         assert name in caplog.text
+
+
+def test_a_point_that_fails_time_and_again_is_left_out(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(home, "unlucky")
+    run.steps(1)
+    run.journal.append("step", step=2, metrics={"train/odd": 1.0, "train/loss": 1.0})
+    run.steps(3)
+    log_batch = MlflowClient.log_batch
+
+    def failing(self: MlflowClient, run_id: str, metrics: Any = (), **more: Any) -> None:
+        if any(metric.key == "train/odd" for metric in metrics):
+            raise MlflowException("no such luck", INTERNAL_ERROR)
+        log_batch(self, run_id, metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    pusher = Pusher(run.path)
+    for _ in range(9):
+        with pytest.raises(MlflowException, match="no such luck"):
+            pusher.push()
+    pusher.push()
+    assert behind(run.path) == 0
+    assert points(home / "mlflow.db", run) == sorted([*each_once(1, 3), ("train/loss", 2)])
+    assert "MLflow refuses train/odd at step 2: MlflowException: no such luck" in caplog.text
 
 
 def test_long_params_and_names(home: Path, caplog: pytest.LogCaptureFixture) -> None:
