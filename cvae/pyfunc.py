@@ -1,9 +1,9 @@
-"""A run's model in MLflow as `mlflow.pyfunc.load_model("runs:/<run id>/model")` loads it.
+"""A run's model as MLflow's `mlflow.pyfunc` loads it.
 
     model = mlflow.pyfunc.load_model("runs:/<run id>/model")
     images = model.predict(["a red bus on a street"], params={"count": 8, "seed": 0})  # uint8 (1, 8, C, H, W)
 
-MLflow imports this module for its function _load_pyfunc; nothing here needs MLflow.
+MLflow imports this module, which logged models name, for its function _load_pyfunc; nothing here needs MLflow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,24 +20,24 @@ from cvae.sampling.trained_model import TrainedModel
 
 
 class Drawing:
-    """What MLflow wraps. `trained` is the model itself, for all that drawing is not."""
+    """The model that MLflow wraps; `trained` gives access to everything besides drawing."""
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Images:
-        """uint8 (M, count, C, H, W): `count` images for each of M prompts.
+        """Returns uint8 (M, count, C, H, W): `count` images for each of M prompts.
 
-        model_input: captions, or classes by name or number, as a list, an array, a Series or a DataFrame of one
-        column; anything empty, or None, for a model without condition. params: count (1), and seed (the run's) of
-        the noise. Raises UserError as TrainedModel.draw, and for another parameter.
+        model_input: captions, or classes by name or number, as a list, an array, a Series or a DataFrame of
+        one column; anything empty, or None, for a model without condition. params: count (1), and seed of
+        the noise (the run's). Raises UserError as TrainedModel.draw does, and for an unknown parameter.
         """
         defaults = {"count": 1, "seed": self.trained.seed}
-        asked = {**defaults, **(params or {})}
-        if unknown := sorted(asked.keys() - defaults.keys()):
+        values = {**defaults, **(params or {})}
+        if unknown := sorted(values.keys() - defaults.keys()):
             raise UserError(f"{unknown[0]}: no such parameter; there are {', '.join(defaults)}")
-        trained = replace(self.trained, seed=int(asked["seed"]))
-        return trained.draw(_prompts(model_input), int(asked["count"]))
+        trained = replace(self.trained, seed=int(values["seed"]))
+        return trained.draw(_prompts(model_input), int(values["count"]))
 
 
 def _prompts(model_input: Any) -> Sequence[str | int] | None:
@@ -48,5 +48,5 @@ def _prompts(model_input: Any) -> Sequence[str | int] | None:
 
 
 def _load_pyfunc(folder: str) -> Drawing:
-    """MLflow's entry point. Raises UserError where a file is damaged."""
+    """Loads a model for MLflow. Raises UserError if a file is damaged."""
     return Drawing(load_export(Path(folder)))

@@ -27,13 +27,13 @@ _EXPERIMENTS_SHOWN = 8
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="mlflow_ui.py", description=__doc__)
     parser.add_argument("port", nargs="?", metavar="PORT", help="default: the first that is free")
-    asked: str | None = parser.parse_args(arguments).port
+    requested: str | None = parser.parse_args(arguments).port
     uri = paths.tracking_uri()
     if uri.startswith(("http:", "https:")):
-        print(f"MLFLOW_TRACKING_URI names a server that is there already: {without_password(uri)}")
+        print(f"MLFLOW_TRACKING_URI names a running server: {without_password(uri)}")
         return 0
-    port = _port(asked)
-    # MLflow's import takes seconds: not before a port is known to be free.
+    port = _port(requested)
+    # Only now, since importing MLflow takes seconds.
     from cvae.tracking.mlflow_store import create_store
 
     create_store(uri)
@@ -49,19 +49,20 @@ def main(arguments: list[str]) -> int:
         server.wait()
 
 
-def _port(asked: str | None) -> int:
-    """The one that was asked for, or the first that is free. Raises UserError if there is none."""
-    if asked is not None and not (
-        asked.isascii() and asked.isdecimal() and len(asked) < 6 and 0 < int(asked) < 2**16
+def _port(requested: str | None) -> int:
+    """Returns the requested port, by default the first free one. Raises UserError if it is not free."""
+    number = requested or ""
+    if requested is not None and not (
+        number.isascii() and number.isdecimal() and len(number) < 6 and 0 < int(number) < 2**16
     ):
-        raise UserError(f"PORT={cut(asked, 50)}: a port is a whole number from 1 to 65535")
-    for port in [int(asked)] if asked else range(_FIRST_PORT, _FIRST_PORT + _PORTS):
+        raise UserError(f"PORT={cut(number, 50)}: a port is a whole number from 1 to 65535")
+    for port in [int(number)] if number else range(_FIRST_PORT, _FIRST_PORT + _PORTS):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
-    if asked:
-        raise UserError(f"port {asked} is taken or not allowed; another one: make mlflow PORT=…")
+    if number:
+        raise UserError(f"port {number} is taken or not allowed; another one: make mlflow PORT=…")
     raise UserError(f"no port from {_FIRST_PORT} on is free; name one: make mlflow PORT=…")
 
 
@@ -69,18 +70,18 @@ def _start(uri: str, port: int) -> "subprocess.Popen[bytes]":
     mlflow = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"
     environment = {
         **os.environ,
-        # Not on the command line, which every user of this host can read: there may be a password in it.
+        # The URI may contain a password, and every user of this host can read command lines.
         "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
+    artifacts = (paths.home() / "mlruns").as_uri()
     command = [mlflow, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    files = ["--artifacts-destination", (paths.home() / "mlruns").as_uri()]
-    return subprocess.Popen([*command, *files], env=environment)
+    return subprocess.Popen([*command, "--artifacts-destination", artifacts], env=environment)
 
 
 def _wait_for(server: "subprocess.Popen[bytes]", port: int) -> None:
-    """Returns when our own server listens, not a stranger's on that port. Raises UserError if it does not."""
+    """Returns once the server listens. Raises UserError if it ends or does not listen in time."""
     deadline = time.monotonic() + _PATIENCE_S
     while not _listens(server.pid, port):
         if server.poll() is not None or time.monotonic() > deadline:
@@ -91,26 +92,30 @@ def _wait_for(server: "subprocess.Popen[bytes]", port: int) -> None:
 
 
 def _listens(pid: int, port: int) -> bool:
+    """Returns whether the process or a child listens; a stranger's server on the port does not count."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        for one in [process, *process.children(recursive=True)]:
+        for member in [process, *process.children(recursive=True)]:
             with suppress(psutil.Error):
-                for link in one.net_connections("tcp"):
-                    if link.status == psutil.CONN_LISTEN and link.laddr.port == port:
+                for socket_ in member.net_connections("tcp"):
+                    if socket_.status == psutil.CONN_LISTEN and socket_.laddr.port == port:
                         return True
     return False
 
 
 def _facts(uri: str, port: int) -> list[tuple[str, str]]:
+    """Returns what the terminal shows: addresses of the server and of the newest experiments."""
     from mlflow.tracking import MlflowClient
 
     address = f"http://127.0.0.1:{port}"
-    found = MlflowClient(tracking_uri=uri).search_experiments(max_results=_EXPERIMENTS_SHOWN + 2)
-    named = [one for one in found if one.name != "Default"]
+    client = MlflowClient(tracking_uri=uri)
+    experiments = client.search_experiments(max_results=_EXPERIMENTS_SHOWN + 2)
     links = [
-        (printable(one.name), f"{address}/#/experiments/{one.experiment_id}/runs") for one in named
+        (printable(one.name), f"{address}/#/experiments/{one.experiment_id}/runs")
+        for one in experiments
+        if one.name != "Default"
     ]
-    if len(named) > _EXPERIMENTS_SHOWN:
+    if len(links) > _EXPERIMENTS_SHOWN:
         links[_EXPERIMENTS_SHOWN:] = [("all others", f"{address}/#/experiments")]
     tunnel = f"ssh -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
     return [

@@ -9,7 +9,6 @@ folder. Runs submitted from the same sources and commit share one copy; each has
                      changes.patch    turns the commit into these sources, untracked files included
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -75,16 +75,12 @@ class CodeSnapshot:
         self.source = _sha256(self._contents)
         """See Code."""
         if (root / _COMMIT_FILE).is_file():
-            for name in (_COMMIT_FILE, _PATCH_FILE):
-                with contextlib.suppress(FileNotFoundError):
-                    self._contents[name] = (root / name).read_bytes()
+            files = [root / name for name in (_COMMIT_FILE, _PATCH_FILE)]
+            self._contents |= {file.name: file.read_bytes() for file in files if file.is_file()}
             return
         changes = _changes(root)
-        facts = {
-            "commit": _commit(root),
-            "uncommitted_changes": bool(changes),
-            "source": self.source,
-        }
+        facts = {"commit": _commit(root), "uncommitted_changes": bool(changes)}
+        facts["source"] = self.source
         self._contents[_COMMIT_FILE] = (json.dumps(facts, indent=1) + "\n").encode()
         if changes:
             self._contents[_PATCH_FILE] = changes
@@ -106,9 +102,7 @@ class CodeSnapshot:
                 _remove_unused()
                 self._make()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot keep the run's code there: {error.strerror}"
-            ) from None
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         if _sha256(sources(self.path)) != self.source:
             raise UserError(
                 f"{self.path} was edited, but runs rely on it as it was; move it away and start again"
@@ -137,7 +131,7 @@ def link(run: Path, code: Path) -> None:
     """Links a snapshot into a run's folder code/, relatively, so that home may be moved."""
     folder = run / "code"
     folder.mkdir(exist_ok=True)
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         (folder / code.name).symlink_to(os.path.relpath(code, folder.resolve()))
 
 
@@ -146,7 +140,7 @@ def _remove_unused() -> None:
     owners = (paths.runs_dir(), paths.sweeps_dir())
     linked = {file.name for folder in owners for file in folder.glob("*/code/*")}
     for folder in _snapshots().glob("*"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if folder.name not in linked and folder.stat().st_mtime < time.time() - _UNUSED_S:
                 shutil.rmtree(folder)
 

@@ -8,8 +8,8 @@ from typing import Any
 from cvae.metrics import OBJECTIVE
 
 Line = dict[str, Any]
+# Whether a value is valid, and how a message describes valid values.
 _Field = tuple[Callable[[Any], bool], str]
-"""Whether a value is valid, and how a message describes valid values."""
 
 
 class BadLine(ValueError):
@@ -60,17 +60,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_path(value: Any) -> bool:
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
+
+
 def _are_metrics(value: Any) -> bool:
     return isinstance(value, dict) and all(
         type(number) is float or _is_number(number) or number in ("nan", "inf", "-inf")
         for number in value.values()
     )
-
-
-def _is_path(value: Any) -> bool:
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    return not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
 
 
 def _are_hosts(value: Any) -> bool:
@@ -84,49 +84,44 @@ def _are_hosts(value: Any) -> bool:
 
 
 def _is_network(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _is_number(value.get(name)) and value[name] > 0
-        for name in ("latency_s", "bytes", "seconds")
-    )
+    names = ("latency_s", "bytes", "seconds")
+    return isinstance(value, dict) and all(_is_positive(value.get(n)) and value[n] for n in names)
 
 
-def _are_versions(value: Any) -> bool:
-    return isinstance(value, dict) and all(x is None or _is_text(x) for x in value.values())
-
-
-def _or_none(field: _Field) -> _Field:
-    is_valid, description = field
+def _or_none(is_valid: Callable[[Any], bool], description: str) -> _Field:
     return lambda value: value is None or is_valid(value), description
 
 
 _TEXT: _Field = (_is_text, "a text")
 # MLflow's and pandas' integers end at 2**63.
 _STEP: _Field = (lambda x: type(x) is int and 0 <= x < 2**63, "a whole number from 0 on")
-_RANKS: _Field = (lambda x: type(x) is int and 0 < x < 2**31, "a whole number above 0")
-# Dates end in the year 5138.
-_TIME: _Field = (lambda x: _is_positive(x) and x < 1e11, "a number of seconds")
 _SECONDS: _Field = (_is_positive, "a number of seconds")
 _METRICS: _Field = (_are_metrics, "numbers by name")
 _PATH: _Field = (_is_path, "the name of a file in the run's folder")
-_START_TEXTS = (
-    *("device", "precision", "engine", "job_id", "code", "commit"),
-    *("data_name", "data_digest", "data_manifest"),
-)
-_EVERY_KIND: dict[str, _Field] = {"kind": _TEXT, "time": _TIME}
+_EVERY_KIND: dict[str, _Field] = {
+    "kind": _TEXT,
+    "time": (lambda x: _is_positive(x) and x < 1e11, "a number of seconds"),  # until the year 5138
+}
+_START_TEXTS = "device precision engine job_id code commit data_name data_digest data_manifest"
 _FIELDS: dict[str, dict[str, _Field]] = {
     "start": {
         "step": _STEP,
-        "world_size": _or_none(_RANKS),
-        "hosts": _or_none(
-            (lambda x: isinstance(x, list) and all(map(_is_text, x)), "a list of names")
+        "world_size": _or_none(
+            lambda x: type(x) is int and 0 < x < 2**31, "a whole number above 0"
         ),
-        "packages": _or_none((_are_versions, "versions by package")),
-        **{name: _or_none(_TEXT) for name in _START_TEXTS},
+        "hosts": _or_none(
+            lambda x: isinstance(x, list) and all(map(_is_text, x)), "a list of names"
+        ),
+        "packages": _or_none(
+            lambda x: isinstance(x, dict) and all(v is None or _is_text(v) for v in x.values()),
+            "versions by package",
+        ),
+        **dict.fromkeys(_START_TEXTS.split(), _or_none(*_TEXT)),
     },
     "preflight": {
         "hosts": (_are_hosts, "measurements by host"),
         "seconds": _SECONDS,
-        "all_reduce": _or_none((_is_network, "latency_s, bytes and seconds")),
+        "all_reduce": _or_none(_is_network, "latency_s, bytes and seconds"),
     },
     "step": {"step": _STEP, "metrics": _METRICS},
     "system": {"step": _STEP, "metrics": _METRICS},
@@ -143,17 +138,14 @@ _FIELDS: dict[str, dict[str, _Field]] = {
     "checkpoint": {
         "step": _STEP,
         "path": _PATH,
-        "stall_s": _or_none(_SECONDS),
-        "write_s": _or_none(_SECONDS),
+        "stall_s": _or_none(*_SECONDS),
+        "write_s": _or_none(*_SECONDS),
     },
-    "artifact": {"path": _PATH, "artifact_path": _or_none(_TEXT)},
+    "artifact": {"path": _PATH, "artifact_path": _or_none(*_TEXT)},
     "notice": {"message": _TEXT},
     "end": {
         "step": _STEP,
-        "status": (
-            lambda x: x in ("finished", "failed", "stopped"),
-            "finished, failed or stopped",
-        ),
+        "status": (lambda x: x in ("finished", "failed", "stopped"), "finished, failed or stopped"),
         "reason": _TEXT,
     },
 }

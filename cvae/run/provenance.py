@@ -1,7 +1,8 @@
-"""What a run was made of: code, packages, machine."""
+"""The code, packages, machines and data that a run is made from."""
 
 import os
 import socket
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,20 +12,11 @@ from cvae.distributed.device import describe
 from cvae.distributed.ranks import Ranks
 from cvae.run import code_snapshot
 
-_PACKAGES = (
-    "torch",
-    "deepspeed",
-    "numpy",
-    "safetensors",
-    "transformers",
-    "diffusers",
-    "submitit",
-    "mlflow",
-)
+_PACKAGES = "torch deepspeed numpy safetensors transformers diffusers submitit mlflow".split()
 
 
 def facts(data: ExperimentData, ranks: Ranks, precision: str) -> dict[str, Any]:
-    """The fields of the journal's start line; called on all ranks, for the hosts' names."""
+    """Returns the fields of the journal's start line. All ranks call it together."""
     code = code_snapshot.read()
     return {
         "world_size": ranks.world_size,
@@ -43,12 +35,9 @@ def facts(data: ExperimentData, ranks: Ranks, precision: str) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """None for one that is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    """Returns the version of each package that affects results; None if it is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

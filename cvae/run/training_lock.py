@@ -1,4 +1,4 @@
-"""One writer of a run's journal at a time."""
+"""The lock by which one process at a time writes to a run's journal."""
 
 import os
 from collections.abc import Iterator
@@ -9,25 +9,25 @@ from cvae.errors import UserError
 from cvae.files.file_lock import Locked, file_lock
 from cvae.run.directory import RunDirectory
 
-# A try that was ended from outside may need so long to be gone.
+# An attempt that was ended from outside may take so long to exit.
 _LOCK_PATIENCE_S = 90.0
 
 
 @contextmanager
 def exclusively(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
-    """Holds the run's lock on rank 0; raises UserError on all ranks where another process holds it.
+    """Holds the run's lock on rank 0. Raises UserError on all ranks if another process holds it.
 
-    A job that is tried again waits a while: an earlier try of it may still be dying.
+    A restarted job waits for a while, since its previous attempt may still be exiting.
     """
     patience_s = _LOCK_PATIENCE_S if "CVAE_RESTARTED" in os.environ else 0.0
-    with ExitStack() as held:
-        free = True
+    with ExitStack() as lock:
+        acquired = True
         if ranks.is_first:
             try:
-                held.enter_context(file_lock(run.path / "train.lock", patience_s))
+                lock.enter_context(file_lock(run.path / "train.lock", patience_s))
             except Locked:
-                free = False
-        if not ranks.tell(free):
+                acquired = False
+        if not ranks.tell(acquired):
             error = RuntimeError if patience_s else UserError
             raise error(f"{run.name} is being trained or evaluated by another process already")
         yield
