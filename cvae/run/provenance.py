@@ -12,7 +12,16 @@ from cvae.distributed.device import describe
 from cvae.distributed.ranks import Ranks
 from cvae.run import code_snapshot
 
-_PACKAGES = "torch deepspeed numpy safetensors transformers diffusers submitit mlflow".split()
+_PACKAGES = [
+    "torch",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "diffusers",
+    "submitit",
+    "mlflow",
+]
 
 
 def facts(data: ExperimentData, ranks: Ranks, precision: str) -> dict[str, Any]:
