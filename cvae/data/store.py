@@ -29,6 +29,7 @@ from cvae.files.paths import data_dir, printable
 
 MANIFEST = "manifest.json"
 Precision = Literal["fp32", "bf16"]
+Advance = Callable[[int], object]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]
@@ -259,24 +260,17 @@ class Store:
                 reason = "missing" if size is None else f"{size} bytes instead of {entry.bytes}"
                 raise _damaged(self.path, file, reason)
 
-    def verify(
-        self, split: str | None = None, advance: Callable[[int], object] | None = None
-    ) -> None:
+    def verify(self, split: str | None = None, advance: Advance | None = None) -> None:
         """Reads all files (of one split); raises UserError if one differs from what was prepared.
 
         advance: called with the size of each block that was read.
         """
         self.check_sizes(split)
-        self.check_contents(self.checksums(split), advance)
+        files = [(file, entry.sha256) for file, entry in self._files(split)]
+        self.check_contents(files, advance)
 
-    def checksums(self, split: str | None = None) -> list[tuple[Path, str]]:
-        """Returns every file (of one split) with the sha256 that it should have."""
-        return [(file, entry.sha256) for file, entry in self._files(split)]
-
-    def check_contents(
-        self, files: list[tuple[Path, str]], advance: Callable[[int], object] | None = None
-    ) -> None:
-        """Reads these of checksums(); raises UserError if one differs from what was prepared."""
+    def check_contents(self, files: list[tuple[Path, str]], advance: Advance | None = None) -> None:
+        """Reads files; raises UserError if the sha256 of one is not the given one."""
         wrong = VerifiedFiles(self.path).check(files, advance)
         if wrong is not None:
             raise _damaged(self.path, wrong, "its sha256 is not the manifest's")

@@ -57,16 +57,9 @@ class TextEncoder:
         }
 
     def entry(self) -> TextEncoderEntry:
-        return TextEncoderEntry(
-            dim=self.dim,
-            hash=self.sha256,
-            files=self.files,
-            revision=self.revision,
-            pooling=_POOLING,
-            precision=self.precision,
-            max_tokens=self.max_tokens,
-            truncated={},
-        )
+        names = ("dim", "files", "revision", "precision", "max_tokens")
+        fields = {name: getattr(self, name) for name in names}
+        return TextEncoderEntry(hash=self.sha256, pooling=_POOLING, truncated={}, **fields)
 
     def difference(self, entry: TextEncoderEntry) -> str | None:
         """Returns how this encoder differs from the entry's ("tokenizer.json differs"), or None."""
@@ -120,9 +113,8 @@ class TextEncoder:
 
         def encode(rows: list[int]) -> NDArray[np.float32]:
             if on_cpu:
-                # For this thread only. One batch per core is as fast as all cores on one small batch
-                # on an idle machine, three times as fast on a busy one, and its bits do not depend
-                # on the number of cores.
+                # For this thread only. One batch per core is as fast as all cores on one small batch,
+                # three times as fast on a busy machine, and gives the same bits on any number of cores.
                 torch.set_num_threads(1)
             return self._encode_batch([captions[i] for i in rows])
 
@@ -140,18 +132,11 @@ class TextEncoder:
         import torch
 
         with self._tokenizing:
-            tokens = self._tokenizer(
-                captions,
-                truncation=True,
-                max_length=self.max_tokens,
-                padding=True,
-                return_tensors="pt",
-            )
-        tokens = tokens.to(self._model.device)
-        in_bf16 = torch.autocast(
-            self._model.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
-        with torch.inference_mode(), in_bf16:
+            settings = {"truncation": True, "max_length": self.max_tokens, "padding": True}
+            tokens = self._tokenizer(captions, **settings, return_tensors="pt")
+        device, in_bf16 = self._model.device, self.precision == "bf16"
+        tokens = tokens.to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, in_bf16):
             hidden = self._model(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             mean: NDArray[np.float32] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()

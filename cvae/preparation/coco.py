@@ -22,19 +22,12 @@ from cvae.data.store import (
 from cvae.data.text_encoder import MINILM, TextEncoder, load_encoder
 from cvae.errors import UserError
 from cvae.files.paths import printable, write_atomically
+from cvae.preparation import store_writer
 from cvae.preparation.caption_encoding import CaptionParts
 from cvae.preparation.coco_annotations import Annotations, read_annotations
 from cvae.preparation.image_decoding import RESIZE, ImageParts
 from cvae.preparation.part_workers import PartPlan
-from cvae.preparation.store_writer import (
-    Prepared,
-    building,
-    commit,
-    file_entries,
-    intact_manifest,
-    save_array,
-    write_array,
-)
+from cvae.preparation.store_writer import Prepared, save_array, write_array
 from cvae.progress import progress_bar
 
 SPLITS = {"train": "train2017", "val": "val2017"}
@@ -78,13 +71,11 @@ def prepare_coco(request: CocoRequest, fill: Callable[[PartPlan], None] | None =
     by another process.
     """
     if not 1 <= request.image_size <= MAX_SIZE:
-        raise UserError(
-            f"image size {request.image_size}: COCO's photos are 640 pixels wide;"
-            f" 1 to {MAX_SIZE} can be made"
-        )
+        possible = f"COCO's photos are 640 pixels wide; 1 to {MAX_SIZE} can be made"
+        raise UserError(f"image size {request.image_size}: {possible}")
     path, vectors = store_path(request.dataset, request.image_size), text_file(request.text_encoder)
-    with building(path) as folder:
-        manifest = intact_manifest(path, request.splits) or Manifest(
+    with store_writer.building(path) as folder:
+        manifest = store_writer.intact_manifest(path, request.splits) or Manifest(
             dataset=request.dataset,
             image_size=request.image_size,
             channels=3,
@@ -95,11 +86,8 @@ def prepare_coco(request: CocoRequest, fill: Callable[[PartPlan], None] | None =
         sources = _read_sources(request)
         _check_same(path, manifest, sources, request)
         new = [source for source in sources if source.split not in manifest.splits]
-        unencoded = [
-            source
-            for source in sources
-            if source in new or vectors not in manifest.splits[source.split].files
-        ]
+        encoded = {name for name, split in manifest.splits.items() if vectors in split.files}
+        unencoded = [source for source in sources if source.split not in encoded]
         if not unencoded:
             return Prepared(Store(path), made=False)
         encoder = load_encoder(request.text_encoder, request.text_precision)
@@ -119,8 +107,8 @@ def prepare_coco(request: CocoRequest, fill: Callable[[PartPlan], None] | None =
             captions[name].fill_rest(f"{source.folder.name}: encode")
             in_order = json.loads((written / name / "captions.json").read_text("utf-8"))
             entry.truncated[name] = captions[name].write_vectors(folder / name / vectors, in_order)
-            manifest.splits[name].files |= file_entries(folder / name)
-        return Prepared(commit(folder, path, manifest), made=True)
+            manifest.splits[name].files |= store_writer.file_entries(folder / name)
+        return Prepared(store_writer.commit(folder, path, manifest), made=True)
 
 
 def _read_sources(request: CocoRequest) -> list[_Source]:
@@ -184,13 +172,9 @@ def _encoder_entry(path: Path, manifest: Manifest, encoder: TextEncoder) -> Text
 def _begin_images(folder: Path, source: _Source, request: CocoRequest) -> ImageParts:
     _check_usable(source)
     files = [image.file_name for image in source.annotations.images]
+    parts, size = folder / f"{source.split}.images", request.image_size
     return ImageParts.begin(
-        folder / f"{source.split}.images",
-        source.folder,
-        files,
-        request.image_size,
-        request.crop,
-        source.identity,
+        parts, source.folder, files, size, request.crop, made_from=source.identity
     )
 
 

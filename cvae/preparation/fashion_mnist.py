@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 
 from cvae.data.store import Manifest, SplitManifest, Store, store_path
 from cvae.errors import UserError
+from cvae.preparation import store_writer
 from cvae.preparation.download import fetch
-from cvae.preparation.store_writer import (
-    Prepared,
-    building,
-    commit,
-    file_entries,
-    intact_manifest,
-    save_array,
-)
+from cvae.preparation.store_writer import Prepared, save_array
 
 IMAGE_SIZE = 28
 _CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
@@ -44,8 +38,8 @@ def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
     from other files or is being prepared by another process.
     """
     path = store_path("fashion_mnist", IMAGE_SIZE)
-    with building(path) as folder:
-        manifest = intact_manifest(path, _PREFIXES)
+    with store_writer.building(path) as folder:
+        manifest = store_writer.intact_manifest(path, _PREFIXES)
         complete = manifest is not None and set(_PREFIXES) <= set(manifest.splits)
         if complete and source is None:
             return Prepared(Store(path), made=False)
@@ -70,7 +64,7 @@ def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
                 images=len(images),
                 captions=0,
                 skipped=[],
-                files=file_entries(folder / split),
+                files=store_writer.file_entries(folder / split),
             )
         manifest = Manifest(
             dataset="fashion_mnist",
@@ -80,7 +74,7 @@ def prepare_fashion_mnist(source: Path | None = None) -> Prepared:
             splits=splits,
             text_encoders={},
         )
-        return Prepared(commit(folder, path, manifest), made=True)
+        return Prepared(store_writer.commit(folder, path, manifest), made=True)
 
 
 def download(folder: Path, url: str) -> Path:

@@ -1,8 +1,7 @@
 """The demo's pictures: drawn scenes of one to three coloured shapes, each with five captions.
 
-A scene is a function of (seed, image id). What its captions say (shapes, colours, sizes, places,
-background) is the Scene; position, size, angle and shade jitter a little around it, so that no two
-pictures of one Scene are equal.
+A scene is a function of (seed, image id). Its shapes, colours, sizes, places and background are
+captioned; the exact positions, sizes, angles and shades are random, so that no two pictures are equal.
 """
 
 import math
@@ -17,13 +16,9 @@ CAPTIONS_PER_IMAGE = 5
 FIRST_VAL_ID = 1_000_001  # far behind the train ids, so that train may grow without overlap
 _OVERSAMPLING = 4
 
-SHAPES = {
-    "circle": ("circle", "circle", "disc"),
-    "square": ("square",),
-    "triangle": ("triangle",),
-    "star": ("star",),
-    "heart": ("heart",),
-}
+# The words for each shape, size and place; captions choose among them at random.
+SHAPES = {name: (name,) for name in ("circle", "square", "triangle", "star", "heart")}
+SHAPES["circle"] = ("circle", "circle", "disc")
 COLOURS = {
     "red": (226, 30, 45),
     "orange": (255, 130, 10),
@@ -40,11 +35,7 @@ BACKGROUNDS = {
     "beige": (240, 222, 188),
     "pink": (255, 190, 214),
 }
-SIZES = {
-    "large": ("large", "big"),
-    "small": ("small", "little", "tiny"),
-    "": ("",),
-}
+SIZES = {"large": ("large", "big"), "small": ("small", "little", "tiny"), "": ("",)}
 PLACES = {
     "centre": ("in the middle", "in the centre"),
     "left": ("on the left", "at the left"),
@@ -52,13 +43,13 @@ PLACES = {
     "top": ("at the top",),
     "bottom": ("at the bottom",),
 }
-# Sets of places that may be taken together without overlap, by number of things.
+# Sets of places without overlap, by number of things.
 _LAYOUTS: dict[int, list[tuple[str, ...]]] = {
     1: [(place,) for place in PLACES],
     2: [("left", "right"), ("top", "bottom")],
     3: [("left", "centre", "right")],
 }
-# In units of the image.
+# Lengths are in units of the image.
 _FROM_CENTRE = {1: 0.19, 2: 0.245, 3: 0.32}
 _POSITION_JITTER = 0.015
 _SHADOW = (0.01, 0.02)
@@ -75,7 +66,7 @@ _ANGLE_JITTER = 5  # degrees
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. size is '' in scenes of three, where all have one size."""
+    """One shape. Its size is "" in scenes of three, which have shapes of one size."""
 
     shape: str
     colour: str
@@ -109,7 +100,7 @@ def _sample(rng: np.random.Generator) -> Scene:
 
 
 def example(seed: int, image_id: int) -> tuple[Image.Image, list[str]]:
-    """The picture (RGB, 64×64) and the five captions of an image id."""
+    """Returns the picture (RGB, 64×64) and the five captions of an image id."""
     rng = _generator(seed, image_id)
     scene = _sample(rng)
     captions = describe(scene, rng)
@@ -117,13 +108,13 @@ def example(seed: int, image_id: int) -> tuple[Image.Image, list[str]]:
 
 
 def captions_of(seed: int, image_id: int) -> list[str]:
-    """example()'s captions without the cost of drawing."""
+    """Returns the captions of example() without drawing."""
     rng = _generator(seed, image_id)
     return describe(_sample(rng), rng)
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
-    """Draws a scene (RGB, 64×64): jittered by rng, or exactly where and as it is described."""
+    """Draws a scene (RGB, 64×64), with random deviations from the description if there is an rng."""
     size = IMAGE_SIZE * _OVERSAMPLING
     jitter = rng.uniform(-1, 1, size=(len(scene.things) + 1, 5)) if rng else np.zeros((4, 5))
     shade = 1 + 0.04 * jitter[-1, 0]
@@ -132,23 +123,21 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
         x, y = _centre(scene, thing)
         x, y = x + _POSITION_JITTER * dx, y + _POSITION_JITTER * dy
         radius = _RADIUS[len(scene.things), thing.size] * (1 + _SIZE_JITTER * scale)
-        shadow = _mask(
-            size, thing.shape, x + _SHADOW[0], y + _SHADOW[1], radius, _ANGLE_JITTER * angle
-        )
+        degrees = _ANGLE_JITTER * angle
+        shadow = _mask(size, thing.shape, x + _SHADOW[0], y + _SHADOW[1], radius, degrees)
         shadow = shadow.filter(ImageFilter.GaussianBlur(size / 60)).point(lambda v: v * 0.4)
         image.paste((0, 0, 0), mask=shadow)
-        mask = _mask(size, thing.shape, x, y, radius, _ANGLE_JITTER * angle)
+        mask = _mask(size, thing.shape, x, y, radius, degrees)
         light = 1 + 0.06 * light
         image.paste(_gradient(size, COLOURS[thing.colour], light * 1.1, light * 0.88), mask=mask)
     return image.reduce(_OVERSAMPLING)
 
 
 def _centre(scene: Scene, thing: Thing) -> tuple[float, float]:
-    """(x, y) of a thing in units of the image, before jitter."""
+    """Returns (x, y) of a thing as described."""
     far = _FROM_CENTRE[len(scene.things)]
-    dx, dy = {"left": (-far, 0), "right": (far, 0), "top": (0, -far), "bottom": (0, far)}.get(
-        thing.place, (0, 0)
-    )
+    offsets = {"left": (-far, 0), "right": (far, 0), "top": (0, -far), "bottom": (0, far)}
+    dx, dy = offsets.get(thing.place, (0, 0))
     return 0.5 + dx, 0.5 + dy
 
 
@@ -162,9 +151,8 @@ def _mask(size: int, shape: str, x: float, y: float, radius: float, degrees: flo
     mask = Image.new("L", (size, size))
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
-        draw.ellipse(
-            [size * edge for edge in (x - radius, y - radius, x + radius, y + radius)], fill=255
-        )
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse([size * edge for edge in box], fill=255)
     else:
         turn = math.radians(degrees)
         cos, sin = math.cos(turn) * radius, math.sin(turn) * radius
@@ -179,8 +167,7 @@ def _star() -> list[tuple[float, float]]:
 
 
 def _heart() -> list[tuple[float, float]]:
-    # The well-known curve x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t,
-    # scaled to the unit disc.
+    # x = 16 sin³t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, scaled to the unit disc.
     turns: NDArray[np.float64] = np.linspace(0, 2 * np.pi, 80, endpoint=False)
     xs = 16 * np.sin(turns) ** 3
     ys = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
@@ -197,7 +184,7 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five captions, all true: four tell the whole scene, the last leaves something out."""
+    """Returns five true captions: four describe the whole scene, the last omits something."""
     full = rng.permutation(4)
     return [_full_caption(scene, int(style), rng) for style in full] + [_short_caption(scene, rng)]
 
@@ -205,28 +192,24 @@ def describe(scene: Scene, rng: np.random.Generator) -> list[str]:
 def _full_caption(scene: Scene, style: int, rng: np.random.Generator) -> str:
     things = _enumerate([_thing(t, rng, place_first=False) for t in scene.things])
     ground = scene.background
-    match style:
-        case 0:
-            return f"{things} on a {ground} background"
-        case 1:
-            return f"{ground} background, {things}"
-        case 2:
-            return f"{things} on {ground}"
-        case _:
-            placed = [_thing(t, rng, place_first=True) for t in scene.things]
-            return f"{_enumerate(placed)}, on {ground}"
+    if style == 0:
+        return f"{things} on a {ground} background"
+    if style == 1:
+        return f"{ground} background, {things}"
+    if style == 2:
+        return f"{things} on {ground}"
+    placed = [_thing(t, rng, place_first=True) for t in scene.things]
+    return f"{_enumerate(placed)}, on {ground}"
 
 
 def _short_caption(scene: Scene, rng: np.random.Generator) -> str:
-    match int(rng.integers(3)):
-        case 0:
-            return _enumerate([_thing(t, rng, place_first=False) for t in scene.things])
-        case 1:
-            things = [_article(f"{t.colour} {_pick(rng, SHAPES[t.shape])}") for t in scene.things]
-            return f"{_enumerate(things)} on {scene.background}"
-        case _:
-            things = [f"{t.colour} {t.shape} {_pick(rng, PLACES[t.place])}" for t in scene.things]
-            return _enumerate(things)
+    style = int(rng.integers(3))
+    if style == 0:
+        return _enumerate([_thing(t, rng, place_first=False) for t in scene.things])
+    if style == 1:
+        things = [_article(f"{t.colour} {_pick(rng, SHAPES[t.shape])}") for t in scene.things]
+        return f"{_enumerate(things)} on {scene.background}"
+    return _enumerate([f"{t.colour} {t.shape} {_pick(rng, PLACES[t.place])}" for t in scene.things])
 
 
 def _thing(thing: Thing, rng: np.random.Generator, place_first: bool) -> str:
