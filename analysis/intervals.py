@@ -130,18 +130,12 @@ def compare(runs: pd.DataFrame, key: str, metric: str, level: float = _LEVEL) ->
         raise UserError(f"{metric}: no run here has such a metric{near}")
     runs = usable(runs, metric)
     others = [name for name in changed_keys(runs) if name not in (key, "seed")]
-    texts = {name: runs[name].map(_formatter(runs[name])) for name in others}
-    cells = pd.DataFrame(
-        {
-            "value": runs[key].map(_formatter(runs[key])),
-            "setting": [
-                ", ".join(f"{name}={texts[name].iloc[row]}" for name in others)
-                for row in range(len(runs))
-            ],
-            "seed": runs["seed"],
-            "metric": runs[metric].astype(float),
-        }
-    )
+    texts = {name: runs[name].map(_formatter(runs[name])) for name in [key, *others]}
+    settings = [
+        ", ".join(f"{name}={texts[name].iloc[row]}" for name in others) for row in range(len(runs))
+    ]
+    cells = pd.DataFrame({"value": texts[key], "setting": settings, "seed": runs["seed"]})
+    cells["metric"] = runs[metric].astype(float)
     rows = []
     for first, second in combinations(dict.fromkeys(cells["value"]), 2):
         a, b = (
@@ -203,22 +197,14 @@ def importance(runs: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def _difference(pairs: pd.DataFrame, level: float) -> dict[str, Any]:
+    """Returns the columns of compare() from "first mean" to "verdict"."""
     first, second = summary(pairs["a"]), summary(pairs["b"])
     difference = paired_difference(pairs["a"], pairs["b"], level=level)
     verdict = "one seed" if difference.n == 1 else "not decided"
     if difference.decided:
         verdict = "lower" if difference.mean < 0 else "higher"
-    return {
-        "first mean": first.mean,
-        "first se": first.se,
-        "second mean": second.mean,
-        "second se": second.se,
-        "difference": difference.mean,
-        "low": difference.low,
-        "high": difference.high,
-        "seeds": difference.n,
-        "verdict": verdict,
-    }
+    values = (first.mean, first.se, second.mean, second.se, *difference, verdict)
+    return dict(zip(_COMPARED[4:-1], values, strict=True))
 
 
 def _is_number(value: Any) -> bool:
