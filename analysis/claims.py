@@ -1,7 +1,6 @@
 """The paper's claims, each tested on the runs at hand: effect, interval, verdict.
 
-Values are compared between runs that agree in everything else, paired by seed (analysis.intervals). Runs that
-differ in more than the claim is about are not compared, and the keys are named.
+Runs are compared if they agree in everything but what the claim is about, paired by seed (analysis.intervals).
 
 No difference is ever exactly zero, so "no better" is judged by a margin, with the two one-sided tests of
 Schuirmann 1987 at 95 %. It is supported if a bound excludes that the system is better by more than MARGIN (it is
@@ -33,6 +32,10 @@ _ONE_SIDED = 0.90
 _LOSS = "val/loss"
 # data_digest covers the files that these keys choose.
 _STORE = ("data.name", "data.image_size", "data.train", "data.val", "data.text_encoder")
+_SETTING = {
+    "data.name": "{}", "data.image_size": "{} pixels", "train_images": "{} training images",
+    "model.backbone": "{}", "model.latent_dim": "latent_dim {}", "training.epochs": "{} epochs",
+}  # fmt: skip
 _COLUMNS = (
     "claim", "where", "verdict", "metric", "effect", "low", "high", "seeds", "setting", "why",
 )  # fmt: skip
@@ -108,16 +111,9 @@ def judge_one(claim: Claim, runs: pd.DataFrame) -> dict[str, Any]:
     elif effect.decided:
         sign = "lower" if effect.mean < 0 else "higher"
         verdict = "supported" if sign == claim.supported_by else "contradicted"
-    return {
-        "verdict": verdict,
-        "metric": result.metric,
-        "effect": effect.mean,
-        "low": effect.low,
-        "high": effect.high,
-        "seeds": effect.n,
-        "setting": _setting(result.runs, claim.data),
-        "why": why,
-    }
+    numbers = dict(zip(("effect", "low", "high", "seeds"), effect, strict=True))
+    setting = _setting(result.runs, claim.data)
+    return {"verdict": verdict, "metric": result.metric, **numbers, "setting": setting, "why": why}
 
 
 def no_better(bounds: Interval, margin: float) -> tuple[str, str]:
@@ -136,17 +132,10 @@ def no_better(bounds: Interval, margin: float) -> tuple[str, str]:
 def _setting(runs: pd.DataFrame, published: str) -> str:
     """Returns what the runs trained on and for how long, and what the paper did."""
     parts = []
-    for key, name in (
-        ("data.name", "{}"),
-        ("data.image_size", "{} pixels"),
-        ("train_images", "{} training images"),
-        ("model.backbone", "{}"),
-        ("model.latent_dim", "latent_dim {}"),
-        ("training.epochs", "{} epochs"),
-    ):
+    for key, text in _SETTING.items():
         values = sorted({_number(value) for value in runs[key].dropna()}) if key in runs else []
         if values:
-            parts.append(name.format(" and ".join(values)))
+            parts.append(text.format(" and ".join(values)))
     steps = runs["step"].dropna()
     if len(steps):
         parts.append(f"{int(steps.min()):,} steps" + ("" if steps.nunique() == 1 else " or more"))
@@ -222,14 +211,13 @@ def _of_systems(
     """Measures second − first of val/loss of two systems, each of one setting, that differ only in free keys."""
     if first.empty or second.empty:
         return None
-    first, second = _without_inert(first), _without_inert(second)
-    both = pd.concat([first, second])
+    sides = [_without_inert(first), _without_inert(second)]
+    both = pd.concat(sides)
     keys = [key for key in _differing(both) if not free(key)]
-    for side in (first, second):
-        keys += [key for key in _differing(side) if key not in keys]
+    keys += [key for side in sides for key in _differing(side)]
     if keys:
-        return Mismatch(keys)
-    means = [side.groupby("seed")[_LOSS].mean().astype(float) for side in (first, second)]
+        return Mismatch(list(dict.fromkeys(keys)))
+    means = [side.groupby("seed")[_LOSS].mean().astype(float) for side in sides]
     pairs = pd.concat(means, axis=1, keys=["first", "second"]).dropna()
     if pairs.empty:
         return Mismatch(["seed"])

@@ -31,17 +31,6 @@ _LEAST_WIDTH = 560  # pixels: on a narrower screen a drawing scrolls
 _UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
-class Measure(float):
-    """A mean that is shown with its standard error."""
-
-    def __new__(cls, mean: float, se: float) -> "Measure":
-        made = super().__new__(cls, mean)
-        made.se = se
-        return made
-
-    se: float
-
-
 @dataclass(frozen=True)
 class Part:
     """A table, a drawing or a picture."""
@@ -104,22 +93,26 @@ def table(
     best: "Mapping[str, Direction] | None" = None,
     code: Sequence[str] = (),
     long: Sequence[str] = (),
+    errors: Mapping[str, str] | None = None,
     sortable: bool = True,
     files: Mapping[str, bytes] | None = None,
 ) -> Part:
     """Returns a frame's columns as an HTML table, without its index.
 
     best: columns whose best value is bold, and which end is best. code, long: columns of commands and of
-    sentences; with sentences, each row becomes a card on a narrow screen.
+    sentences; with sentences, each row becomes a card on a narrow screen. errors: columns of means, and those of
+    their standard errors, which are shown with them.
     """
-    best = best or {}
+    best, errors = best or {}, errors or {}
     columns: dict[Markup, list[Markup]] = {}
-    for name, values in frame.items():
+    for name, values in frame.drop(columns=list(errors.values())).items():
         head = Markup.escape(clean(str(name)))
         known = [value for value in values if not _is_missing(value)]
         numeric = bool(known) and all(map(_is_number, known))
         winner = _winner(known, best[name]) if name in best else None
-        cells = [_cell(value, numeric, winner, name in code, name == "verdict") for value in values]
+        ses = frame[errors[name]] if name in errors else [None] * len(frame)
+        looks = (numeric, winner, name in code, name == "verdict")
+        cells = [_cell(value, se, *looks) for value, se in zip(values, ses, strict=True)]
         if name in long:
             cells = [Markup('<span class="long">{}</span>').format(cell) for cell in cells]
         if long and columns:
@@ -161,8 +154,8 @@ def picture(image: "Image.Image | Figure", name: str, title: str, text: str = ""
     return Part(title, text, html.format(source, title, width, height), files)
 
 
-def shown(value: Any) -> str:
-    """Returns a value as the page writes it: four digits, "–" if it is missing, NaN and infinity by name."""
+def shown(value: Any, se: float | None = None) -> str:
+    """Returns a value as the page writes it: four digits, "–" if it is missing; a mean with its error."""
     if _is_missing(value):
         return "–"
     if not _is_number(value):
@@ -172,10 +165,10 @@ def shown(value: Any) -> str:
         return "NaN"
     if math.isinf(number):
         text = "∞" if number > 0 else "-∞"
-    elif isinstance(value, Measure) and value.se > 1e-6 * abs(number):
+    elif se is not None and se > 1e-6 * abs(number):
         # As many decimals as two digits of the error need.
-        decimals = max(0, 1 - math.floor(math.log10(value.se)))
-        text = f"{number:,.{decimals}f} ± {value.se:.{decimals}f}"
+        decimals = max(0, 1 - math.floor(math.log10(se)))
+        text = f"{number:,.{decimals}f} ± {se:.{decimals}f}"
     elif number == int(number) and abs(number) < 1e15:
         text = f"{int(number):,}"
     else:
@@ -183,8 +176,10 @@ def shown(value: Any) -> str:
     return text.replace("-", "−")
 
 
-def _cell(value: Any, numeric: bool, winner: float | None, code: bool, verdict: bool) -> Markup:
-    text = Markup.escape(shown(value))
+def _cell(
+    value: Any, se: float | None, numeric: bool, winner: float | None, code: bool, verdict: bool
+) -> Markup:
+    text = Markup.escape(shown(value, se))
     if _is_missing(value):
         pass
     elif winner is not None and _is_number(value) and value == winner:

@@ -3,33 +3,29 @@
 import math
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from analysis import figures
 from analysis.claims import CLAIMS, MARGIN, NOT_TESTED
-from analysis.html_page import (
-    Direction,
-    Measure,
-    Part,
-    Section,
-    drawing,
-    shown,
-    table,
-    table_files,
-)
+from analysis.html_page import Direction, Part, Section, drawing, shown, table, table_files
 from analysis.intervals import MEANING, compare, importance
 from analysis.intervals import summary as mean_and_se
 from analysis.report_data import METRIC, ReportData
 from cvae.evaluation.metric_groups import likelihood_note
 from cvae.metrics import better
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MOST_CHANGED_VALUES = 8
+_ERRORS = {"first mean": "first se", "second mean": "second se"}
 # What matters comes first: a phone shows three columns.
 _ABLATION = (
-    "first", "second", "verdict", "difference", "95 % interval", "seeds", "metric", "setting", "first mean",
-    "second mean",
+    "first", "second", "verdict", "difference", "95 % interval", "seeds", "metric", "setting", *_ERRORS,
+    *_ERRORS.values(),
 )  # fmt: skip
 
 
@@ -130,7 +126,9 @@ def _groups(data: ReportData) -> Section:
         return Section("groups", "Means over seeds")
     frame = pd.DataFrame(rows)
     best = {name: end for name, end in _best(data).items() if name in frame}
-    part = table(_with_errors(frame), best=best, files=table_files("groups", frame))
+    errors = {name: f"{name} se" for name in data.metrics if name in frame}
+    files = table_files("groups", frame)
+    part = table(_without_nan(frame), best=best, errors=errors, files=files)
     text = "Mean and standard error over the seeds; excluded runs are listed below."
     return Section("groups", "Means over seeds", [part], text)
 
@@ -149,8 +147,9 @@ def _ablations(data: ReportData) -> Section:
         frame = frame.drop(columns="settings")
         visible = frame[(frame["metric"] == METRIC) | is_mean]
         n_intervals += int(visible["low"].notna().sum())
-        cells = _with_interval(_with_errors(visible), "difference")[list(_ABLATION)]
-        parts.append(table(cells, key, sortable=False, files=table_files(f"ablation_{key}", frame)))
+        cells = _with_interval(_without_nan(visible), "difference")[list(_ABLATION)]
+        files = table_files(f"ablation_{key}", frame)
+        parts.append(table(cells, key, errors=_ERRORS, sortable=False, files=files))
     text = (
         "Runs that agree in everything but one key, paired by all the others and the seed. Differences are second"
         " minus first, with 95 % bootstrap intervals; an interval that holds zero decides nothing. Of metrics"
@@ -179,36 +178,33 @@ def _compared(data: ReportData, key: str) -> list[str]:
 def _curves(data: ReportData) -> Section:
     n_groups, most = data.groups.nunique(), figures.MOST_GROUPS
     more = f" The best {most} of {n_groups} groups." if n_groups > most else ""
+    curves = figures.learning_curves(data.curves, data.ranked)
+    parts = figures.elbo_parts(data.whole, data.ranked)
+    text = "Mean over a group's runs, band: ± a standard error."
+    split = "At each run's best epoch, in nats per image."
     drawn = [
-        (
-            figures.learning_curves(data.curves, data.ranked),
-            *("learning_curves", "Learning curves"),
-            "Mean over a group's runs, band: ± a standard error." + more,
-        ),
-        (
-            figures.elbo_parts(data.whole, data.ranked),
-            *("elbo_parts", "The two parts of −ELBO"),
-            "At each run's best epoch, in nats per image." + more,
-        ),
+        *_drawing(curves, "learning_curves", "Learning curves", text + more),
+        *_drawing(parts, "elbo_parts", "The two parts of −ELBO", split + more),
     ]
-    return Section("curves", "Curves", [drawing(*entry) for entry in drawn if entry[0] is not None])
+    return Section("curves", "Curves", drawn)
 
 
 def _search(data: ReportData) -> Section:
+    lines = figures.parallel_coordinates(data.whole, data.keys_and_seed, METRIC)
+    bars = figures.importance_bars(importance(data.whole, METRIC))
+    text = f"A line is a run; the darker, the lower its {METRIC}."
+    shares = (
+        f"Share of the variation of {METRIC} that each key explains (functional ANOVA, by Optuna)."
+    )
     drawn = [
-        (
-            figures.parallel_coordinates(data.whole, data.keys_and_seed, METRIC),
-            *("parallel_coordinates", "Parallel coordinates"),
-            f"A line is a run; the darker, the lower its {METRIC}.",
-        ),
-        (
-            figures.importance_bars(importance(data.whole, METRIC)),
-            *("importance", "Importance of each key"),
-            f"How much of the variation of {METRIC} each key explains (functional ANOVA, by Optuna).",
-        ),
+        *_drawing(lines, "parallel_coordinates", "Parallel coordinates", text),
+        *_drawing(bars, "importance", "Importance of each key", shares),
     ]
-    parts = [drawing(*entry) for entry in drawn if entry[0] is not None]
-    return Section("search", "What the search found", parts)
+    return Section("search", "What the search found", drawn)
+
+
+def _drawing(figure: "Figure | None", name: str, title: str, text: str) -> list[Part]:
+    return [] if figure is None else [drawing(figure, name, title, text)]
 
 
 def _excluded(data: ReportData) -> Section:
@@ -310,21 +306,6 @@ def _with_interval(frame: pd.DataFrame, effect: str) -> pd.DataFrame:
     joined = frame.drop(columns=["low", "high"])
     joined.insert(joined.columns.get_loc(effect) + 1, "95 % interval", bounds)
     return joined
-
-
-def _with_errors(frame: pd.DataFrame) -> pd.DataFrame:
-    """Joins each mean with the standard error that follows it into one column."""
-    errors = {str(name): f"{str(name).removesuffix(' mean')} se" for name in frame}
-    errors = {name: se for name, se in errors.items() if se in frame}
-    joined = {
-        name: [
-            Measure(mean, error) if isinstance(mean, float) else mean
-            for mean, error in zip(frame[name], frame[se], strict=True)
-        ]
-        for name, se in errors.items()
-    }
-    joined = {name: pd.Series(cells, frame.index, object) for name, cells in joined.items()}
-    return _without_nan(frame.astype(object).assign(**joined).drop(columns=list(errors.values())))
 
 
 def _without_nan(frame: pd.DataFrame) -> pd.DataFrame:
