@@ -1,6 +1,5 @@
-"""Captions in pictures: wrapped lines in a font that has their letters, and honest stand-ins where none does."""
+"""Text in pictures: wrapped lines that never show an empty box for a letter without a font."""
 
-import subprocess
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
@@ -13,20 +12,19 @@ from PIL import ImageDraw, ImageFont, features
 TEXT, FAINT = (32, 33, 36), (110, 115, 122)
 FONT_SIZE = 15
 _MAX_LINES = 8
-_OUTLINES = (".ttf", ".otf", ".ttc")
 
 
 @lru_cache
 def font(size: int = FONT_SIZE, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic, ✓ and ✗."""
+    """Returns DejaVu Sans of matplotlib: Latin, Greek, Cyrillic, Hebrew, Arabic, ✓ and ✗."""
     # The basic layout engine draws the same pixels whether or not the system has libraqm.
     return ImageFont.truetype(_dejavu(bold), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels, broken between words, and within a word that is wider.
+    """Returns lines of at most `width` pixels, broken between words, or within a word that is wider.
 
-    Letters that no font here has are replaced, see `legible`.
+    Letters without a font are replaced as in `legible`. More than eight lines end in an ellipsis.
     """
     lines: list[str] = []
     for word in legible(text).split():
@@ -52,14 +50,14 @@ def write_lines(
     colour: tuple[int, int, int] = TEXT,
     anchor: str = "l",
 ) -> None:
-    """Lines under one another from `place` down; anchor: l, m or r of each line is at place's x."""
+    """Draws lines one below the other from `place`, whose x is the l(eft), m(iddle) or r(ight) of each line."""
     y = place[1]
     for line in lines:
         x = place[0] - {"l": 0.0, "m": 0.5, "r": 1.0}[anchor] * text_length(line, face)
-        for part, fitting in _runs(line, face):
-            # By the baseline, which is what fonts share.
-            draw.text((x, y + face.getmetrics()[0]), part, colour, fitting, anchor="ls")
-            x += fitting.getlength(part)
+        for part, part_face in _runs(line, face):
+            # Fonts share the baseline.
+            draw.text((x, y + face.getmetrics()[0]), part, colour, part_face, anchor="ls")
+            x += part_face.getlength(part)
         y += line_height(int(face.size))
 
 
@@ -72,21 +70,21 @@ def text_height(lines: Sequence[str], size: int = FONT_SIZE) -> int:
 
 
 def text_length(text: str, face: ImageFont.FreeTypeFont) -> int:
-    """Width in pixels."""
-    return int(np.ceil(sum(fitting.getlength(part) for part, fitting in _runs(text, face))))
+    """Returns the width in pixels."""
+    return int(np.ceil(sum(part_face.getlength(part) for part, part_face in _runs(text, face))))
 
 
 def legible(text: str) -> str:
-    """The text with a stand-in for every letter that no font on this machine has.
+    """Returns the text with a replacement for each letter that no font on this machine has.
 
-    A symbol is named, as "[dog face]" for 🐶; any other letter is its code point, as "U+4E00". Marks without
-    a shape of their own (joiners, variation selectors, skin tones) go without one.
+    A symbol is replaced by its name, as "[dog face]" for 🐶, another letter by its code point, as "U+4E00".
+    Marks without a shape of their own (joiners, variation selectors, skin tones) are dropped.
     """
     return "".join(letter if letter in " \t\n" else _shape(letter) for letter in text)
 
 
 def without_font(texts: Iterable[str]) -> list[str]:
-    """The different letters that `legible` replaces in these texts, in order."""
+    """Returns the distinct letters that `legible` replaces in these texts, in order."""
     letters = dict.fromkeys(letter for text in texts for letter in text if not letter.isspace())
     return [letter for letter in letters if _shape(letter) not in ("", letter)]
 
@@ -101,23 +99,20 @@ def _shape(letter: str) -> str:
 
 
 def _runs(text: str, face: ImageFont.FreeTypeFont) -> list[tuple[str, ImageFont.FreeTypeFont]]:
-    """The text in parts of one font each, in the size of `face`."""
+    """Splits the text into parts of one font each, in the size of `face`."""
     if text.isascii():
         return [(text, face)]
     first = Path(str(face.path))
 
-    def file(letter: str) -> Path:
+    def file_of(letter: str) -> Path:
         return first if ord(letter) in _letters(first) else _font_file(letter) or first
 
-    runs = []
-    for path, letters in groupby(text, file):
-        part = "".join(letters)
-        runs.append((part, _face(path, int(face.size), _needs_shaping(part))))
-    return runs
+    parts = [(path, "".join(letters)) for path, letters in groupby(text, file_of)]
+    return [(part, _face(path, int(face.size), _needs_shaping(part))) for path, part in parts]
 
 
 def _needs_shaping(text: str) -> bool:
-    """Whether letters change places or shapes beside one another: Arabic, Hebrew, Devanagari, …"""
+    """Returns whether letters change places or shapes next to others, as in Arabic, Hebrew, Devanagari."""
     return any(
         unicodedata.bidirectional(letter) in ("R", "AL", "AN")
         or unicodedata.category(letter) in ("Mn", "Mc")
@@ -132,7 +127,7 @@ def _face(path: Path, size: int, shaped: bool) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=engine)
 
 
-@lru_cache
+@cache
 def _dejavu(bold: bool = False) -> Path:
     import matplotlib  # a quarter of a second that only rank 0 has to pay
 
@@ -140,47 +135,32 @@ def _dejavu(bold: bool = False) -> Path:
     return Path(matplotlib.get_data_path(), "fonts", "ttf", name)
 
 
-_further: list[Path] = []
-"""Fonts of the system that turned out to be needed."""
+@cache
+def _font_file(letter: str) -> Path | None:
+    """Returns the first font that has a letter, DejaVu before the system's; None if none has it."""
+    if ord(letter) in _letters(_dejavu()):
+        return _dejavu()
+    if unicodedata.category(letter) in ("Cc", "Cs", "Cn", "Co"):
+        return None
+    return next((path for path in _system_fonts() if ord(letter) in _letters(path)), None)
 
 
 @cache
-def _font_file(letter: str) -> Path | None:
-    """The font that has a letter: DejaVu, else one of the system's; None where there is none."""
-    for path in (_dejavu(), *_further):
-        if ord(letter) in _letters(path):
-            return path
-    if unicodedata.category(letter) in ("Cc", "Cs", "Cn", "Co"):
-        return None
-    for path in _system_fonts(letter):
-        if _usable(path) and ord(letter) in _letters(path):
-            _further.append(path)
-            return path
-    return None
+def _system_fonts() -> list[Path]:
+    """Returns the files of the system's outline fonts, those without serifs first."""
+    from matplotlib.font_manager import findSystemFonts
+
+    files = map(Path, findSystemFonts())
+    return sorted(files, key=lambda path: ("Sans" not in path.name, len(path.name), path))
 
 
-def _system_fonts(letter: str) -> list[Path]:
-    """Files of outline fonts that fontconfig knows to have the letter; none where it is not installed."""
-    command = ["fc-list", f":charset={ord(letter):x}", "file"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    files = [Path(line.strip().removesuffix(":")) for line in answer.stdout.splitlines()]
-    upright = [path for path in files if path.suffix.lower() in _OUTLINES]
-    return sorted(upright, key=lambda path: ("Sans" not in path.name, len(path.name), path))
-
-
-def _usable(path: Path) -> bool:
-    try:
-        ImageFont.truetype(path, FONT_SIZE)
-    except OSError:  # coloured emoji in one fixed size, a damaged file
-        return False
-    return True
-
-
-@lru_cache
+@cache
 def _letters(path: Path) -> frozenset[int]:
+    """Returns the code points that a font has; none for a damaged file or coloured emoji of one fixed size."""
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(str(path)).get_charmap())
+    try:
+        ImageFont.truetype(path, FONT_SIZE)
+        return frozenset(FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()

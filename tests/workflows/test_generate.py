@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cvae.errors import UserError
+from cvae.sampling import lettering
 from tests.conftest import PROJECT_ROOT, write_store
 from tests.cvae.data.conftest import small_bert
 from tests.helpers.trained_runs import encode_with, make_run
@@ -151,7 +152,8 @@ def test_captions_of_every_kind(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PATH", "")  # no fontconfig
+    monkeypatch.setattr(lettering, "_system_fonts", list)
+    lettering._font_file.cache_clear()
     encode_with(tiny_captioned_store, small_bert)
     make_run(captioned=True, encoder=small_bert)
     captions = ["一 dog", "a dog", "a dog", "red " * 60, "קטן", "b " * 40]

@@ -1,3 +1,4 @@
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image, ImageDraw, features
 
 from cvae.sampling import lettering
@@ -15,17 +17,12 @@ NOT_IN_DEJAVU = "⏞"  # U+23DE, which STIX has
 
 
 @pytest.fixture
-def fontconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A fontconfig that knows no font; tests write into its answer."""
-    answer = tmp_path / "answer"
-    answer.write_text("")
-    command = tmp_path / "fc-list"
-    command.write_text(f"#!/bin/sh\ncat '{answer}'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(lettering, "_further", [])
+def system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The fonts of a system that has none; tests add to them."""
+    fonts: list[Path] = []
+    monkeypatch.setattr(lettering, "_system_fonts", lambda: fonts)
     lettering._font_file.cache_clear()
-    yield answer
+    yield fonts
     lettering._font_file.cache_clear()
 
 
@@ -35,7 +32,7 @@ def ink(text: str) -> np.ndarray:
     return np.asarray(page)
 
 
-def test_letters_without_a_font_are_named_and_told(fontconfig: Path) -> None:
+def test_letters_without_a_font_are_named_and_told(system_fonts: list[Path]) -> None:
     texts = ["一 dog 🐶!", "größer قطة 👍🏽"]
     assert legible(texts[0]).split() == ["U+4E00", "dog", "[dog", "face]", "!"]
     assert legible(texts[1]).split() == ["größer", "قطة", "[thumbs", "up", "sign]"]
@@ -44,12 +41,12 @@ def test_letters_without_a_font_are_named_and_told(fontconfig: Path) -> None:
     assert wrap("一二", font(), 300) == ["U+4E00 U+4E8C"]
 
 
-def test_a_font_of_the_system_steps_in(fontconfig: Path) -> None:
+def test_a_font_of_the_system_steps_in(system_fonts: list[Path], tmp_path: Path) -> None:
     assert legible(NOT_IN_DEJAVU).strip() == "U+23DE"
     lettering._font_file.cache_clear()
-    broken = fontconfig.with_name("broken.ttf")
+    broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
-    fontconfig.write_text(f"{broken}:\n/nowhere/at/all.ttf:\n{STIX}:\n")
+    system_fonts += [broken, Path("/nowhere/at/all.ttf"), STIX]
     assert legible(NOT_IN_DEJAVU) == NOT_IN_DEJAVU
     assert without_font([NOT_IN_DEJAVU]) == []
     box = ink("\uffff")[:, 8:24]
@@ -59,11 +56,14 @@ def test_a_font_of_the_system_steps_in(fontconfig: Path) -> None:
     assert text_length(f"a{NOT_IN_DEJAVU}b", font()) > text_length("ab", font())
 
 
-def test_a_machine_without_fontconfig_has_stand_ins(
-    fontconfig: Path, monkeypatch: pytest.MonkeyPatch
+def test_matplotlib_finds_the_fonts_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert legible("一").strip() == "U+4E00"
+    shutil.copy(STIX, tmp_path / "Sans.ttf")
+    monkeypatch.setattr(font_manager, "X11FontDirectories", [str(tmp_path)])
+    assert tmp_path / "Sans.ttf" in lettering._system_fonts.__wrapped__()
+    monkeypatch.setenv("MPL_IGNORE_SYSTEM_FONTS", "1")
+    assert lettering._system_fonts.__wrapped__() == []
 
 
 @pytest.mark.skipif(not features.check("raqm"), reason="Pillow without raqm cannot turn lines")
