@@ -1,10 +1,10 @@
-"""Writes a run's best model as a folder that draws anywhere; export_format.py describes it."""
+"""Writes a run's best model as a folder that draws anywhere; export_format.py describes the folder."""
 
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,44 +46,50 @@ from cvae.sampling.pictures import write_png
 from cvae.sampling.sampler import load_run
 from cvae.sampling.trained_model import TrainedModel
 
-# Samples for the card: of a large model fewer, which on a CPU take minutes.
+# Rows and columns of the card's picture: fewer of a large model, which takes minutes on a CPU.
 _SAMPLES, _FEW, _LARGE = 8, 4, 50_000_000
+_MEASURES_OF_PICTURES = (
+    "caption_match",
+    "chance",
+    "sample_accuracy",
+    "classifier_real_accuracy",
+)
 
 
 def export_run(run: RunDirectory, folder: Path) -> ExportedModel:
     """Writes the run's best model to `folder`, which appears whole or not at all.
 
-    Raises UserError where the folder is not empty or cannot be written (disk full, no permission), where
-    the run has no checkpoint, and where its data or its text encoder are not here, or are others by now.
+    Raises UserError if the folder is not empty or cannot be written (disk full, no permission), if the run
+    has no checkpoint, or if its data or its text encoder are missing or have changed.
     """
     check_target(folder)
     trained = load_run(run)
     if trained.encoder_entry is not None:
-        _ = trained.text_encoder  # refuses one that is not the run's own
-    exported = _facts(run, trained)
-    with _whole(folder) as nascent:
-        _write_weights(run, trained, nascent)
+        _ = trained.text_encoder  # raises UserError if it is not the run's own
+    exported = _describe(run, trained)
+    with _whole(folder) as new_folder:
+        _write_weights(run, trained, new_folder)
         if exported.text_encoder is not None:
-            _copy_encoder(exported.text_encoder, nascent / TEXT_ENCODER)
+            _copy_encoder(exported.text_encoder, new_folder / TEXT_ENCODER)
         count = _FEW if trained.model.n_parameters() > _LARGE else _SAMPLES
         prompts = _prompts(trained, count)
-        write_png(_sample_grid(trained, prompts, count), nascent / SAMPLES)
-        _seal(exported, nascent)
+        write_png(_sample_grid(trained, prompts, count), new_folder / SAMPLES)
+        _write_config(exported, new_folder)
         card = model_card(exported, trained.experiment, trained.model, prompts[:2])
-        write_atomically(nascent / CARD, card)
+        write_atomically(new_folder / CARD, card)
     return exported
 
 
 def write_model(run: RunDirectory, folder: Path) -> None:
-    """The run's best model as MLflow gets it: as exported, but without text encoder, samples and card.
+    """Writes the run's best model for MLflow: as exported, but without text encoder, samples and card.
 
-    folder: the run's own model/, which is replaced. Raises OSError if it cannot be written, UserError as
+    folder: the run's own model/, which is replaced. Raises OSError if it cannot be written, UserError like
     export_run.
     """
     trained = load_run(run, torch.device("cpu"))
-    with whole_folder(folder, "training", older=lambda _: True) as nascent:
-        _write_weights(run, trained, nascent)
-        _seal(_facts(run, trained), nascent)
+    with whole_folder(folder, "training", older=lambda _: True) as new_folder:
+        _write_weights(run, trained, new_folder)
+        _write_config(_describe(run, trained), new_folder)
 
 
 def _write_weights(run: RunDirectory, trained: TrainedModel, folder: Path) -> None:
@@ -92,8 +98,8 @@ def _write_weights(run: RunDirectory, trained: TrainedModel, folder: Path) -> No
     write_weights(weights, folder / WEIGHTS, from_pytorch=True)
 
 
-def _seal(exported: ExportedModel, folder: Path) -> None:
-    """Writes config.json, with the checksums of the files that are there."""
+def _write_config(exported: ExportedModel, folder: Path) -> None:
+    """Writes config.json with the checksums of the files in the folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     total = sum(file.stat().st_size for file in files)
     with progress_bar(total, "B", "checksums", delay=2) as bar:
@@ -105,17 +111,17 @@ def _seal(exported: ExportedModel, folder: Path) -> None:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """As whole_folder, but a full disk, for which safetensors has an error of its own, is a UserError."""
+    """whole_folder, with a UserError if the disk is full, for which safetensors has an error of its own."""
     try:
-        with whole_folder(folder, EXPORTED_BY) as nascent:
-            yield nascent
+        with whole_folder(folder, EXPORTED_BY) as new_folder:
+            yield new_folder
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{folder} cannot be written: {reason}") from None
 
 
 def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
-    """The files that make the encoder, as published; its weights as safetensors in any case."""
+    """Copies the files of the encoder, with its weights as safetensors, its README.md and its licence."""
     source = encoder_folder(encoder.name)
     folder.mkdir()
     weights = next(source / name for name in ENCODER_WEIGHTS if (source / name).is_file())
@@ -123,7 +129,7 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
     with progress_bar(sum(sizes.values()), "B", "text encoder", delay=2) as bar:
         for name, size in sizes.items():
             if name.endswith(".bin"):
-                # A pickle: read without running what is in it, and left behind.
+                # A pickle: weights_only reads its tensors without running its code.
                 tensors = torch.load(source / name, map_location="cpu", weights_only=True)
                 whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
                 write_weights(whole, folder / WEIGHTS, from_pytorch=True)
@@ -131,13 +137,12 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
             else:
                 shutil.copyfile(source / name, folder / name)
             bar.update(size)
-    # Whose it is, and under which licence it may be passed on.
     for file in (*source.glob("README.md"), *source.glob("LICENSE*")):
         shutil.copyfile(file, folder / file.name)
 
 
 def _prompts(trained: TrainedModel, count: int) -> list[str]:
-    """Every class, or `count` captions of val; none without condition."""
+    """Returns all classes, or `count` captions of val, or nothing for an unconditional model."""
     if trained.experiment.model.condition != "text":
         return trained.classes if trained.experiment.model.condition == "label" else []
     val = trained.data.val
@@ -146,29 +151,23 @@ def _prompts(trained: TrainedModel, count: int) -> list[str]:
 
 
 def _sample_grid(trained: TrainedModel, prompts: list[str], count: int) -> Image:
-    """Samples alone: a real image beside them would need its owner's licence."""
+    """Returns samples without real images, which would need their owners' licence."""
     if prompts:
         return labelled_grid(trained.draw(prompts, count), trained.labels(prompts))
     drawn = trained.draw(None, count**2)
     return labelled_grid(drawn.reshape(count, count, *trained.image_shape))
 
 
-def _facts(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
+def _describe(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
+    """Returns config.json's contents. Raises UserError if the run was trained on other data than are here."""
     lines = journal.read(run.journal_file)[0]
-    data, experiment = trained.data, trained.experiment
-    starts = [line for line in lines if line["kind"] == "start"]
-    last: dict[str, Any] = starts[-1] if starts else {}
-    if last.get("data_digest", data.digest) != data.digest:
-        raise UserError(
-            f"{run.name} was trained on other data than {data.store.path} holds now (digest"
-            f" {last['data_digest'][:12]}, not {data.digest[:12]}): its card would tell of the wrong ones"
-        )
+    data, experiment, entry = trained.data, trained.experiment, trained.encoder_entry
+    start = next((line for line in reversed(lines) if line["kind"] == "start"), {})
+    trained.check_trained_on(start.get("data_digest"))
     encoder = None
-    if trained.encoder_entry is not None:
+    if entry is not None:
         assert experiment.data.text_encoder is not None
-        encoder = ExportedEncoder(
-            name=experiment.data.text_encoder, entry=trained.encoder_entry.model_copy()
-        )
+        encoder = ExportedEncoder(name=experiment.data.text_encoder, entry=entry.model_copy())
     splits = data.store.manifest.splits
     return ExportedModel(
         name=plain_name(run.name),
@@ -181,24 +180,24 @@ def _facts(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
         data=DataFacts(
             dataset=data.store.manifest.dataset,
             digest=data.digest,
-            train=_split(experiment.data.train, splits[experiment.data.train]),
+            train=_split(experiment.data.train, splits),
             trained_on=len(data.train_rows),
-            val=_split(experiment.data.val, splits[experiment.data.val]),
+            val=_split(experiment.data.val, splits),
         ),
         provenance=Provenance(
-            commit=last.get("commit"),
-            uncommitted_changes=last.get("uncommitted_changes"),
-            packages=last.get("packages", {}),
-            commands=[_without_places(str(line.get("command", ""))) for line in run.submissions()],
-            world_size=last.get("world_size"),
-            hosts=len(set(last["hosts"])) if "hosts" in last else None,
-            device=last.get("device"),
-            precision=last.get("precision"),
+            packages=start.get("packages", {}),
+            commands=[_without_folders(str(line.get("command", ""))) for line in run.submissions()],
+            hosts=len(set(start["hosts"])) if "hosts" in start else None,
+            **{name: start.get(name) for name in _AS_IN_THE_JOURNAL},
         ),
     )
 
 
-def _split(name: str, split: SplitManifest) -> SplitFacts:
+_AS_IN_THE_JOURNAL = ("commit", "uncommitted_changes", "world_size", "device", "precision")
+
+
+def _split(name: str, splits: Mapping[str, SplitManifest]) -> SplitFacts:
+    split = splits[name]
     return SplitFacts(
         name=name,
         images=split.images,
@@ -208,13 +207,13 @@ def _split(name: str, split: SplitManifest) -> SplitFacts:
     )
 
 
-def _without_places(command: str) -> str:
-    """A command without the folders of the machine that it ran on: they are nobody else's business."""
+def _without_folders(command: str) -> str:
+    """Returns the command without the folders of the machine that it ran on, which are private."""
     return re.sub(r"(^|[\s=])/\S*/", r"\1", command)
 
 
-def _metrics(run: RunDirectory, lines: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """What was measured at that step: by training, and by generate.py where it was asked."""
+def _metrics(run: RunDirectory, lines: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
+    """Returns the finite metrics of that step: those of training, and those that pictures came with."""
     metrics: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "epoch" and line["step"] == step:
@@ -222,8 +221,5 @@ def _metrics(run: RunDirectory, lines: list[dict[str, Any]], step: int) -> dict[
     for file in (run.pictures / "caption_match.json", run.pictures / "classes.json"):
         facts = json.loads(file.read_text()) if file.is_file() else {}
         if facts.get("step") == step:
-            metrics |= {key: facts[key] for key in _JUDGED if key in facts}
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
-
-
-_JUDGED = ("caption_match", "chance", "sample_accuracy", "classifier_real_accuracy")
+            metrics |= {name: facts[name] for name in _MEASURES_OF_PICTURES if name in facts}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

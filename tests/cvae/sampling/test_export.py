@@ -173,7 +173,7 @@ def test_what_was_changed_is_refused(name: str, exported: Path) -> None:
     at = content.index(b'"step": 7') + 8 if name == "config.json" else len(content) // 2
     content[at] = ord("8")
     (exported / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged \(its sha256 is another\)"):
+    with pytest.raises(UserError, match=rf"{name} is damaged: its sha256 differs"):
         load(exported)
     (exported / name).unlink()
     with pytest.raises(UserError, match=r"is missing|no intact checkpoint"):
@@ -237,7 +237,7 @@ def test_a_card_of_other_data_is_not_written(tiny_store: Path, tmp_path: Path) -
 def test_targets_that_are_taken_stay_as_they_are(exported: Path, tmp_path: Path) -> None:
     run = RunDirectory.open("tiny")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is not empty; name a folder that is not there yet"):
+    with pytest.raises(UserError, match="is not empty; name a folder that does not exist yet"):
         export_run(run, exported)
     with pytest.raises(UserError, match="is a file"):
         export_run(run, tmp_path / "file")
