@@ -2,8 +2,8 @@
 
     python workflows/export.py RUN DIR
 
-RUN is a run's name, its folder, or "latest". DIR is made: weights, experiment, the text encoder, and a model
-card that tells of training data, metrics and limits. It needs no MLflow, SLURM or Ray:
+RUN is a run's name, its folder, or "latest". DIR must not exist. It gets the weights, the experiment, the text
+encoder, and a model card with training data, metrics and limits. Drawing from it needs no MLflow, SLURM or Ray:
 
     python workflows/generate.py DIR "a red bus on a street"
 """
@@ -29,7 +29,7 @@ def parser() -> Parser:
         description="Writes a run's best model as a folder that draws on any machine.",
     )
     parser.add_argument("run", metavar="RUN", help='name or folder of a run, or "latest"')
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to create")
     return parser
 
 
@@ -38,32 +38,27 @@ def main(arguments: list[str]) -> int:
     run = RunDirectory.open(options.run)
     folder: Path = options.folder
     if (run.path / CONFIG).is_file():
-        raise UserError(f"{run.path} is an exported model already; copy it")
+        raise UserError(f"{run.path} is already an exported model; copy it")
     check_target(folder)
 
-    # Only now: torch takes seconds to import, and a typing error is answered at once.
+    # Imported late: torch takes seconds, and a typing error is reported at once.
     from cvae.sampling.export import export_run
 
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     exported = export_run(run, folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    sizes["all"] = sum(sizes.values())
     rows = [(name, size(count)) for name, count in sizes.items()]
-    print(
-        formatting.table(
-            ("file", "size"), [*rows, ("all", size(sum(sizes.values())))], right=("size",)
-        )
-    )
+    print(formatting.table(("file", "size"), rows, right=("size",)))
     print(f"{exported.name}, step {exported.step:,}: {formatting.shown(folder.resolve())}")
     return 0
 
 
 def size(count: int) -> str:
-    """ "90.9 MB"."""
-    value, unit = float(count), 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.{1 if unit else 0}f} {_UNITS[unit]}"
+    """Returns a number of bytes as "90.9 MB"."""
+    unit = next((n for n in range(3) if count < 1000 ** (n + 1)), 3)
+    return f"{count / 1000**unit:.{min(unit, 1)}f} {_UNITS[unit]}"
 
 
 if __name__ == "__main__":

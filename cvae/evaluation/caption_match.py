@@ -1,4 +1,4 @@
-"""Does the model draw what the caption says? Each drawing must find its own scene among others."""
+"""Whether a model draws what a caption says: each drawing must be nearest to its own scene among others."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ _RIGHT, _WRONG = (34, 139, 84), (200, 64, 47)
 
 
 class Scenes(NamedTuple):
-    """Images of distinct scenes, each with one caption of its own."""
+    """Images of distinct scenes, each with a caption of its own."""
 
     indices: NDArray[np.int64]  # (n,) rows of the split
     captions: list[str]
@@ -47,9 +47,9 @@ class CaptionMatch(NamedTuple):
 
 
 def caption_match(trained: TrainedModel, split: Split | None = None) -> CaptionMatch:
-    """Draws one image for each caption of up to N_SCENES scenes of a split, from fixed noise, and matches them.
+    """Draws one image for the caption of each of up to N_SCENES scenes, from fixed noise, and matches them.
 
-    split: that of val by default. Raises UserError for a run that is not conditioned on text.
+    split: val by default. Raises UserError for a run that is not conditioned on text.
     """
     if trained.experiment.model.condition != "text":
         raise UserError(f"{trained.name} is not conditioned on captions")
@@ -61,36 +61,36 @@ def caption_match(trained: TrainedModel, split: Split | None = None) -> CaptionM
 
 
 def distinct_scenes(split: Split, count: int = N_SCENES) -> Scenes:
-    """The first images of a split whose first caption and pixels are like no other's before them.
+    """Returns the first images of a split whose first captions and whose pixels all differ.
 
-    Raises UserError where there are fewer than two.
+    Raises UserError if there are fewer than two.
     """
-    chosen: dict[str, int] = {}
+    rows: dict[str, int] = {}
     pictures: set[bytes] = set()
     for index in range(len(split)):
         caption, picture = split.caption(index), split.images[index].tobytes()
-        if caption not in chosen and picture not in pictures:
-            chosen[caption] = index
+        if caption not in rows and picture not in pictures:
+            rows[caption] = index
             pictures.add(picture)
-        if len(chosen) == count:
+        if len(rows) == count:
             break
-    if len(chosen) < 2:
-        raise UserError("the evaluated split has not even two different scenes to tell apart")
-    indices = np.array(list(chosen.values()), np.int64)
-    return Scenes(indices, list(chosen), np.array(split.images[indices]))
+    if len(rows) < 2:
+        raise UserError("the evaluated split does not have two different scenes")
+    indices = np.array(list(rows.values()), np.int64)
+    return Scenes(indices, list(rows), np.array(split.images[indices]))
 
 
 def nearest(drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """(n,): for each of n drawings the real image of the smallest mean squared error over its pixels."""
+    """Returns the index of the real image with the smallest mean squared error for each of n drawings, (n,)."""
     d = drawn.reshape(len(drawn), -1).astype(np.float64)
     r = real.reshape(len(real), -1).astype(np.float64)
     # |d − r|² = |d|² − 2 d·r + |r|², of which |d|² is the same for all r.
-    found: NDArray[np.int64] = ((r**2).sum(1) - 2 * d @ r.T).argmin(1)
-    return found
+    indices: NDArray[np.int64] = ((r**2).sum(1) - 2 * d @ r.T).argmin(1)
+    return indices
 
 
 def match_grid(match: CaptionMatch) -> Image.Image:
-    """A card for each caption: the drawing, the real image, a mark for right or wrong, the caption."""
+    """Returns a card for each caption: the drawing, the real image, a mark for right or wrong, the caption."""
     drawn, real = enlarge(match.drawn), enlarge(match.scenes.images)
     height, width = drawn.shape[1:3]
     card_width, line = 2 * width + 6, round(1.3 * (FONT_SIZE - 2))
@@ -99,22 +99,19 @@ def match_grid(match: CaptionMatch) -> Image.Image:
     card_height = height + 8 + max(len(lines) for lines in captions) * line + MARGIN
     n_rows = -(-len(drawn) // _COLUMNS)
     top = MARGIN + 2 * line + 18
-    page = Image.new(
-        "RGB",
-        (MARGIN + _COLUMNS * (card_width + MARGIN), top + n_rows * card_height),
-        PAPER,
-    )
+    size = (MARGIN + _COLUMNS * (card_width + MARGIN), top + n_rows * card_height)
+    page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     write_lines(draw, (MARGIN, MARGIN), [match.sentence()], font(bold=True))
     for number, right in enumerate(match.right):
         row, column = divmod(number, _COLUMNS)
         x, y = MARGIN + column * (card_width + MARGIN), top + row * card_height
-        if row == 0:
-            for offset, head in ((0, "drawn"), (width + 6, "real")):
-                centre = x + offset + width // 2
-                write_lines(draw, (centre, top - line - 4), [head], small, anchor="m")
-        page.paste(Image.fromarray(drawn[number]), (x, y))
-        page.paste(Image.fromarray(real[number]), (x + width + 6, y))
+        pictures = ((x, "drawn", drawn[number]), (x + width + 6, "real", real[number]))
+        for left, head, picture in pictures:
+            page.paste(Image.fromarray(picture), (left, y))
+            if row == 0:
+                place = (left + width // 2, top - line - 4)
+                write_lines(draw, place, [head], small, anchor="m")
         mark, colour = ("✓", _RIGHT) if right else ("✗", _WRONG)
         write_lines(draw, (x, y + height + 5), [mark], font(FONT_SIZE + 2, bold=True), colour)
         write_lines(draw, (x + 22, y + height + 8), captions[number], face, TEXT)

@@ -1,6 +1,5 @@
-"""A small classifier trained on real images: the judge of whether samples show what they were asked for."""
+"""A small classifier trained on real images, which judges whether samples show their class."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,15 @@ from cvae.files.paths import write_atomically
 from cvae.models.backbone import ImageShape
 from cvae.models.cvae import to_unit
 from cvae.progress import progress_bar
+from cvae.sampling.inference import Advance, sample
+from cvae.sampling.trained_model import TrainedModel
 
+SAMPLES_PER_CLASS = 200
 _EPOCHS, _BATCH, _LR, _SEED = 3, 128, 4e-3, 0
 
 
 class SampleAccuracy(NamedTuple):
-    """Share of samples that the classifier puts in the class they were asked for."""
+    """Share of samples that the classifier assigns to the class that they were drawn for."""
 
     overall: float
     per_class: dict[str, float]
@@ -36,11 +38,11 @@ class Classifier:
     network: nn.Module
     classes: list[str]
     real_accuracy: float
-    """On the real images of the evaluated split, which it was not trained on."""
+    """Accuracy on the real images of the evaluated split, which it was not trained on."""
 
     @torch.inference_mode()
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Class numbers (n,) of images (n, C, H, W)."""
+        """Returns the class numbers (n,) of images (n, C, H, W)."""
         device = next(self.network.parameters()).device
         blocks = [
             self.network(to_unit(torch.from_numpy(np.array(block)).to(device))).argmax(1).cpu()
@@ -51,7 +53,7 @@ class Classifier:
     def sample_accuracy(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64]
     ) -> SampleAccuracy:
-        """images: (n, C, H, W), drawn for the classes of labels (n,)."""
+        """Judges images (n, C, H, W) that were drawn for the classes `labels`, (n,)."""
         right = self.classify(images) == labels
         per_class = {
             self.classes[label]: float(right[labels == label].mean()) for label in np.unique(labels)
@@ -59,11 +61,25 @@ class Classifier:
         return SampleAccuracy(float(right.mean()), per_class)
 
 
-def reference_classifier(data: ExperimentData, device: torch.device) -> Classifier:
-    """The classifier of a labelled data set; trained at first use (about a minute), then kept.
+def judge_samples(
+    trained: TrainedModel, advance: Advance | None = None
+) -> tuple[Classifier, SampleAccuracy]:
+    """Draws SAMPLES_PER_CLASS images of each class; returns the classifier and its verdict on them.
 
-    It lies beside the store as <store>.classifier.{safetensors,json}, and is trained anew when the data
-    changed or a file is damaged. Raises UserError for data without labels.
+    advance: see inference.sample. Raises UserError for data without labels.
+    """
+    classifier = reference_classifier(trained.data, trained.device)
+    labels = np.repeat(np.arange(len(trained.classes)), SAMPLES_PER_CLASS)
+    condition = np.eye(len(trained.classes), dtype=np.float32)[labels]
+    drawn = sample(trained.model, trained.noise(len(labels)), condition, advance)
+    return classifier, classifier.sample_accuracy(drawn, labels)
+
+
+def reference_classifier(data: ExperimentData, device: torch.device) -> Classifier:
+    """Returns the classifier of a labelled data set, which is trained at first use (about a minute).
+
+    It is stored next to the data as <store>.classifier.{safetensors,json}, and trained again if the data
+    have changed or a file is damaged. Raises UserError for data without labels.
     """
     classes = data.store.manifest.classes
     if classes is None:
@@ -71,40 +87,40 @@ def reference_classifier(data: ExperimentData, device: torch.device) -> Classifi
             f"{data.store.path.name} has no labels: no classifier can judge its samples"
         )
     network = _network(data.image_shape, len(classes))
-    weights_file = data.store.path.with_name(f"{data.store.path.name}.classifier.safetensors")
+    file = data.store.path.with_name(f"{data.store.path.name}.classifier.safetensors")
     identity = {
         "data": data.digest,
         "recipe": f"{_EPOCHS} epochs, batch {_BATCH}, lr {_LR}, seed {_SEED}",
     }
-    facts = _kept(weights_file, identity)
-    if facts is None:
-        _train(network, data, device)
-        accuracy = _accuracy(network.to(device), data, classes)
-        weights = save({name: value.cpu() for name, value in network.state_dict().items()})
-        facts = {**identity, "real_accuracy": accuracy}
-        write_atomically(weights_file, weights)
-        # Last, because it vouches for the weights.
-        checksum = hashlib.sha256(weights).hexdigest()
-        text = json.dumps({**facts, "sha256": checksum}, indent=1)
-        write_atomically(weights_file.with_suffix(".json"), text + "\n")
-    else:
-        network.load_state_dict(load_file(weights_file))
-    return Classifier(network.to(device).eval(), classes, float(facts["real_accuracy"]))
+    facts = _stored_facts(file, identity)
+    if facts is not None:
+        network.load_state_dict(load_file(file))
+        return Classifier(network.to(device).eval(), classes, float(facts["real_accuracy"]))
+    _train(network, data, device)
+    assert data.val.labels is not None
+    untested = Classifier(network.to(device).eval(), classes, 0.0)
+    accuracy = float((untested.classify(data.val.images) == data.val.labels).mean())
+    write_atomically(
+        file, save({name: value.cpu() for name, value in network.state_dict().items()})
+    )
+    # The facts come last, because they vouch for the weights.
+    facts = {**identity, "real_accuracy": accuracy, "sha256": sha256_of_file(file)}
+    write_atomically(file.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    return Classifier(network, classes, accuracy)
 
 
-def _kept(weights_file: Path, identity: dict[str, str]) -> dict[str, str | float] | None:
-    """What is known of the kept classifier, if it is intact and of this identity."""
+def _stored_facts(file: Path, identity: dict[str, str]) -> dict[str, str | float] | None:
+    """Returns the facts about the stored classifier, or None if it is absent, damaged or another."""
     try:
-        facts: dict[str, str | float] = json.loads(weights_file.with_suffix(".json").read_text())
-        if identity.items() <= facts.items() and facts["sha256"] == sha256_of_file(weights_file):
-            return facts
+        facts: dict[str, str | float] = json.loads(file.with_suffix(".json").read_text())
+        intact = identity.items() <= facts.items() and facts["sha256"] == sha256_of_file(file)
     except (OSError, ValueError, KeyError, AttributeError):
-        pass  # absent or damaged: the caller trains it anew
-    return None
+        return None
+    return facts if intact else None
 
 
 def _network(shape: ImageShape, n_classes: int) -> nn.Module:
-    """Two convolutions with pooling, two linear layers; its initial weights are always the same."""
+    """Returns two convolutions with pooling and two linear layers, with the same initial weights each time."""
     channels, height, width = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -127,7 +143,7 @@ def _train(network: nn.Module, data: ExperimentData, device: torch.device) -> No
     network.to(device).train()
     n_batches = -(-len(data.train) // _BATCH)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    # One cycle (Smith & Topin 2018) reaches in three epochs what a constant rate needs ten for.
+    # One cycle (Smith & Topin 2018) reaches in three epochs what a constant rate reaches in ten.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_EPOCHS * n_batches)
     generator = np.random.default_rng(_SEED)
     with progress_bar(_EPOCHS * n_batches, "batch", "train classifier") as bar:
@@ -141,9 +157,3 @@ def _train(network: nn.Module, data: ExperimentData, device: torch.device) -> No
                 optimizer.step()
                 schedule.step()
                 bar.update()
-
-
-def _accuracy(network: nn.Module, data: ExperimentData, classes: list[str]) -> float:
-    assert data.val.labels is not None
-    found = Classifier(network.eval(), classes, 0.0).classify(data.val.images)
-    return float((found == data.val.labels).mean())

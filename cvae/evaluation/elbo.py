@@ -1,4 +1,4 @@
-"""−ELBO of a whole split: exact on the last partial batch, added up over the ranks."""
+"""−ELBO of a whole split: exact for the last partial batch, summed over the ranks."""
 
 import math
 
@@ -19,40 +19,43 @@ from cvae.sampling.inference import AdaptiveBatches
 def evaluate_elbo(
     model: Cvae, data: ExperimentData, split: Split, experiment: Experiment, ranks: Ranks
 ) -> dict[str, float]:
-    """Means over the split, in nats per image: loss (recon_loss + beta·kl), recon_loss and kl; bits_per_dim.
+    """Returns the means over the split of loss (recon_loss + beta·kl), recon_loss, kl and bits_per_dim.
 
     For captions also text_gain = ELBO(x | own caption) − ELBO(x | another image's), with the same noise,
-    and its standard error text_gain_se. One draw of z per image, the same at every call: two evaluations
-    differ by the model alone.
+    and its standard error text_gain_se. All are in nats per image, except for bits_per_dim. Each image has
+    one draw of z, the same at every call: two evaluations differ by the model alone.
     """
     model.eval()
     dtype = precision.resolve_to_measure(experiment.training.precision, ranks.device)
-    # As many images at once as a training step has, so that what could be trained can be evaluated.
+    # No more images at once than a training step has: a model that can be trained can be evaluated.
     size = ranks.share(experiment.training.global_batch_size)
     at_once = experiment.training.micro_batch_size or size.stop - size.start
-    by_text = experiment.model.condition == "text" and len(split) > 1
+    is_captioned = experiment.model.condition == "text" and len(split) > 1
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    parts = AdaptiveBatches(at_once)
+    batches = AdaptiveBatches(at_once)
     with torch.inference_mode(), precision.autocast(dtype, ranks.device):
         for block in eval_blocks(experiment.seed, len(split), model.latent_shape):
             share = ranks.share(len(block.indices))
             strangers = block._replace(indices=(block.indices + 1) % len(split))
 
-            def summed(places: slice, block: Batch = block, strangers: Batch = strangers) -> Tensor:
-                """(4,): sums of recon_loss, of kl, of the text's gain and of its square."""
+            def part_sums(
+                places: slice, block: Batch = block, strangers: Batch = strangers
+            ) -> Tensor:
+                """Returns the sums of recon_loss, kl, the text's gain and its square, (4,)."""
                 (own,) = micro_batches(data, split, block, places, None, ranks.device)
                 elbo = model(*own)
-                found = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-                found[:2] = _sums(elbo.recon_loss, elbo.kl)
-                if by_text:
-                    (told,) = micro_batches(data, split, strangers, places, None, ranks.device)
-                    other = model(own.images, told.condition, own.noise)
-                    gain = (other.recon_loss - elbo.recon_loss) + (other.kl - elbo.kl)
-                    found[2:] = _sums(gain, gain.double().square())
-                return found
+                values = [elbo.recon_loss, elbo.kl]
+                if is_captioned:
+                    (other,) = micro_batches(data, split, strangers, places, None, ranks.device)
+                    swapped = model(own.images, other.condition, own.noise)
+                    gain = (swapped.recon_loss - elbo.recon_loss) + (swapped.kl - elbo.kl)
+                    values += [gain, gain.double().square()]
+                part = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+                part[: len(values)] = torch.stack([v.sum(dtype=torch.float64) for v in values])
+                return part
 
-            for found in parts.each(range(share.start, share.stop), summed):
-                sums += found
+            for part in batches.map(range(share.start, share.stop), part_sums):
+                sums += part
     n = len(split)
     recon_loss, kl, gain_sum, gain_squares = ranks.sum(sums).tolist()
     recon_loss, kl = recon_loss / n, kl / n
@@ -63,13 +66,9 @@ def evaluate_elbo(
         "kl": kl,
         "bits_per_dim": model.bits_per_dim(recon_loss + kl),
     }
-    if by_text:
+    if is_captioned:
         metrics["text_gain"] = gain_sum / n
         # In this order: max(0.0, nan) is 0.0.
         variance = max(gain_squares - gain_sum**2 / n, 0.0) / (n - 1)
         metrics["text_gain_se"] = math.sqrt(variance / n)
     return metrics
-
-
-def _sums(*values: Tensor) -> Tensor:
-    return torch.stack([value.sum(dtype=torch.float64) for value in values])

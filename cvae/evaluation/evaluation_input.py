@@ -1,4 +1,4 @@
-"""What is evaluated: a trained model, one split of its data, and this rank's share of it."""
+"""The input of an evaluation: a trained model, one split of its data, and this rank's share of it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from cvae.models.cvae import Cvae
 from cvae.sampling.inference import AdaptiveBatches, images_at_once
 from cvae.sampling.trained_model import TrainedModel
 
-Advance = Callable[[float], object]
 T = TypeVar("T")
 
 
@@ -25,10 +24,11 @@ class EvaluationBatch(NamedTuple):
     """Some images of this rank's share, as the model takes them."""
 
     block: int
-    """Number of the evaluated block that they are of, and which of its places they have."""
+    """Number of the block of evaluated images that they belong to."""
     places: slice
+    """Their places in the block."""
     rows: NDArray[np.int64]
-    """Of the split."""
+    """Their rows in the split."""
     batch: MicroBatch
 
 
@@ -37,8 +37,8 @@ class EvaluationInput:
     trained: TrainedModel
     split: Split
     ranks: Ranks
-    advance: Advance
-    """Is told how many more images of this rank are done, or what share of one."""
+    advance: Callable[[float], object]
+    """Is called with the number of further images of this rank that are done, or with a share of one."""
 
     @property
     def model(self) -> Cvae:
@@ -48,34 +48,38 @@ class EvaluationInput:
     def seed(self) -> int:
         return self.trained.experiment.seed
 
-    def each(
+    def map(
         self, function: Callable[[EvaluationBatch], T], advances: bool = True
     ) -> Iterator[tuple[EvaluationBatch, T]]:
-        """Yields this rank's images in order, and the function of them. All ranks together have each image once.
+        """Yields this rank's batches in order, each with function(batch). The ranks share the images.
 
-        The function must change nothing: it is called again with fewer images if the device runs out of memory.
-        advances: whether a part is done when the next is asked for; otherwise the function reports it.
+        The function must change nothing: it is called again with fewer images if the device runs out of
+        memory. With `advances` false the function reports its progress itself.
         """
         data, model = self.trained.data, self.model
-        parts = AdaptiveBatches(images_at_once(model))
+        batches = AdaptiveBatches(images_at_once(model))
         for number, block in enumerate(eval_blocks(self.seed, len(self.split), model.latent_shape)):
             share = self.ranks.share(len(block.indices))
 
-            def computed(
+            def compute(
                 places: slice, number: int = number, block: Batch = block
             ) -> tuple[EvaluationBatch, T]:
-                (batch,) = micro_batches(data, self.split, block, places, None, self.ranks.device)
-                part = EvaluationBatch(number, places, block.indices[places], batch)
-                return part, function(part)
+                (images,) = micro_batches(data, self.split, block, places, None, self.ranks.device)
+                batch = EvaluationBatch(number, places, block.indices[places], images)
+                return batch, function(batch)
 
-            for part, found in parts.each(range(share.start, share.stop), computed):
-                yield part, found
+            for batch, value in batches.map(range(share.start, share.stop), compute):
+                yield batch, value
                 if advances:
-                    self.advance(len(part.rows))
+                    self.advance(len(batch.rows))
 
-    def every(self, values: list[Tensor], rows: list[NDArray[np.int64]], width: int) -> Tensor:
-        """(len(split), width) fp32 on every rank, from each rank's rows of it, (b, width) each."""
-        whole = torch.zeros(len(self.split), width, device=self.ranks.device)
-        for part, value in zip(rows, values, strict=True):
-            whole[torch.from_numpy(part)] = value.float().reshape(len(part), width)
-        return self.ranks.sum(whole)
+    def gather(self, function: Callable[[EvaluationBatch], Tensor], width: int) -> Tensor:
+        """Returns the function's values for all images, fp32 (len(split), width), on every rank.
+
+        function: returns `width` values for each image of a batch.
+        """
+        values = torch.zeros(len(self.split), width, device=self.ranks.device)
+        with torch.inference_mode():
+            for batch, own in self.map(function):
+                values[torch.from_numpy(batch.rows)] = own.float().reshape(-1, width)
+        return self.ranks.sum(values)

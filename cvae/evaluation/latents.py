@@ -1,4 +1,4 @@
-"""What the latent dimensions are used for."""
+"""How a model uses its latent dimensions."""
 
 import math
 
@@ -6,54 +6,50 @@ import numpy as np
 import torch
 
 from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
-from cvae.evaluation.latent_map import linear_probe
+from cvae.evaluation.latent_map import PROBED, evenly_spread, linear_probe
 from cvae.models.cvae import to_unit
 
 _ACTIVE = 0.01
-_PROBED = 10_000
 
 
 def active_units(subject: EvaluationInput) -> dict[str, float]:
-    """Number of latent dimensions whose posterior's mean varies over the images (Burda et al. 2016, section 5.2).
+    """Returns active_units, the number of latent dimensions whose posterior mean varies over the images.
 
-    Varies: by a variance above 0.01. Under a learned prior p(z|c) the mean is taken from its mean: a dimension
-    that only repeats what the text says tells nothing of the image.
+    A dimension varies if the variance exceeds 0.01 (Burda et al. 2016, section 5.2). Under a learned prior
+    p(z|c) its mean is subtracted: a dimension that only repeats the text says nothing about the image.
     """
     size = int(np.prod(subject.model.latent_shape))
     sums = torch.zeros(2, size, dtype=torch.float64, device=subject.ranks.device)
 
-    def moments(part: EvaluationBatch) -> torch.Tensor:
-        images, condition, noise = part.batch
+    def moments(batch: EvaluationBatch) -> torch.Tensor:
+        images, condition, noise = batch.batch
         mean = subject.model.encode(to_unit(images), condition).mean
         mean = mean - subject.model.draw_latent(torch.zeros_like(noise), condition)
         mean = mean.flatten(1).double()
         return torch.stack([mean.sum(0), mean.square().sum(0)])
 
     with torch.inference_mode():
-        for _, found in subject.each(moments):
-            sums += found
-    n = len(subject.split)
-    first, second = subject.ranks.sum(sums) / n
+        for _, own in subject.map(moments):
+            sums += own
+    first, second = subject.ranks.sum(sums) / len(subject.split)
     variance = second - first.square()
     active = float((variance > _ACTIVE).sum()) if variance.isfinite().all() else math.nan
     return {"active_units": active}
 
 
 def probe(subject: EvaluationInput) -> dict[str, float]:
-    """How well a linear classifier reads the class from μ (see latent_map.linear_probe); labelled splits."""
-    assert subject.split.labels is not None
+    """Returns linear_probe and linear_probe_chance for a labelled split; see latent_map.linear_probe."""
+    labels = subject.split.labels
+    assert labels is not None
 
-    def mean(part: EvaluationBatch) -> torch.Tensor:
-        return subject.model.encode(to_unit(part.batch.images), part.batch.condition).mean
+    def mean(batch: EvaluationBatch) -> torch.Tensor:
+        return subject.model.encode(to_unit(batch.batch.images), batch.batch.condition).mean
 
-    with torch.inference_mode():
-        found = [(part.rows, means) for part, means in subject.each(mean)]
-    rows, means = [of for of, _ in found], [of for _, of in found]
-    whole = subject.every(means, rows, int(np.prod(subject.model.latent_shape)))
-    answer: tuple[float, float] | None = None
+    means = subject.gather(mean, int(np.prod(subject.model.latent_shape)))
+    accuracies: tuple[float, float] | None = None
     if subject.ranks.is_first:
-        chosen = np.linspace(0, len(whole) - 1, min(len(whole), _PROBED)).astype(np.int64)
-        result = linear_probe(whole.cpu().numpy()[chosen], subject.split.labels[chosen])
-        answer = (result.accuracy, result.chance)
-    accuracy, chance = subject.ranks.tell(answer) or (float("nan"), float("nan"))
+        rows = evenly_spread(len(means), PROBED)
+        result = linear_probe(means.cpu().numpy()[rows], labels[rows])
+        accuracies = (result.accuracy, result.chance)
+    accuracy, chance = subject.ranks.tell(accuracies) or (math.nan, math.nan)
     return {"linear_probe": accuracy, "linear_probe_chance": chance}

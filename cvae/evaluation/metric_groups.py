@@ -1,6 +1,6 @@
-"""The groups of metrics that a run can be evaluated by, and which of them fit it. Imports no torch."""
+"""Which groups of metrics fit a run, and the request to evaluate them. Imports no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cvae.config.experiment import Experiment
@@ -31,63 +31,63 @@ def likelihood_note(likelihoods: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What evaluate_runs is asked to find out about a run, as plain data."""
+    """Groups of metrics to measure for one run, as plain data."""
 
     run: str
-    """Its folder."""
+    """The run's folder."""
     split: str
     """val | train"""
     groups: list[str]
     iwae_samples: int
     inception: str | None = None
-    """The file of the Inception network, and its sha256."""
+    """The file of the Inception network."""
     inception_sha256: str | None = None
 
     def key(self, group: str) -> str:
-        """Returns under which key the journal has a group's metrics, once a checkpoint.
+        """Returns the key of a group's metrics in the journal, which has each key once per checkpoint.
 
-        It holds whatever else than the checkpoint and the run's data the numbers depend on.
+        It names everything else that the numbers depend on, except for the run's data.
         """
         settings = {"iwae": str(self.iwae_samples), "fid": (self.inception_sha256 or "")[:16]}
         return "-".join([f"{self.split}/{group}", *filter(None, [settings.get(group)])])
 
 
 def metric_prefix(split: str) -> str:
-    """Before the metrics' names."""
+    """Returns the prefix of the metrics' names."""
     return "eval" if split == "val" else f"eval_{split}"
 
 
 def fitting_groups(
     experiment: Experiment,
     labelled: bool,
-    wanted: list[str] | None,
+    requested: Sequence[str] | None,
     inception: str | None,
     split: str = "val",
 ) -> list[str]:
-    """Returns the wanted groups in their order, or all that fit a run and a split.
+    """Returns the requested groups in their standard order; by default all that fit the run and the split.
 
-    labelled: whether its data have classes. Raises UserError if a wanted one is unknown or does not fit.
+    labelled: whether the data have classes. Raises UserError if a requested group is unknown or does not fit.
     """
     condition = experiment.model.condition
-    unfit = {
-        "fid": None if inception else "needs --inception FILE, a TorchScript Inception network",
-        "classifier": None if condition == "label" else "is for models that are told a class",
-        "probe": None if labelled else f"needs labels, which {experiment.data.name} has not",
-        "captions": None if condition == "text" else "is for models that are told a caption",
+    obstacles = {
+        "fid": "" if inception else "needs --inception FILE, a TorchScript Inception network",
+        "classifier": "" if condition == "label" else "needs a model that draws from classes",
+        "probe": "" if labelled else f"needs labels, which {experiment.data.name} does not have",
+        "captions": "" if condition == "text" else "needs a model that draws from captions",
     }
-    if split != "val":
-        # Its samples are of no split, and it is itself trained on the training images.
-        unfit["classifier"] = unfit["classifier"] or f"judges samples, which no --split {split} has"
-    if wanted is None:
-        return [name for name in METRIC_GROUPS if unfit.get(name) is None]
-    for name in wanted:
+    if split != "val" and not obstacles["classifier"]:
+        # Samples belong to no split, and the classifier is itself trained on the training images.
+        obstacles["classifier"] = f"judges samples, which --split {split} does not have"
+    for name in requested or ():
         if name not in METRIC_GROUPS:
             near = did_you_mean(name, METRIC_GROUPS)
-            raise UserError(f"--metrics {name}: there is no such group{near}; {_all()}")
-        if unfit.get(name) is not None:
-            raise UserError(f"--metrics {name}: {unfit[name]} (model.condition = {condition!r})")
-    return [name for name in METRIC_GROUPS if name in wanted]
-
-
-def _all() -> str:
-    return f"they are {', '.join(METRIC_GROUPS)}"
+            raise UserError(
+                f"--metrics {name}: there is no such group{near}; they are {', '.join(METRIC_GROUPS)}"
+            )
+        if obstacles.get(name):
+            raise UserError(
+                f"--metrics {name}: {obstacles[name]} (model.condition = {condition!r})"
+            )
+    if requested is None:
+        return [name for name in METRIC_GROUPS if not obstacles.get(name)]
+    return [name for name in METRIC_GROUPS if name in requested]

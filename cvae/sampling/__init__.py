@@ -1,4 +1,4 @@
-"""A trained model in use: it draws, reconstructs, is exported, and labels its pictures."""
+"""Trained models in use: drawing, reconstruction, export, labelled pictures."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns `load`, the public entry; it is imported late, since it imports PyTorch."""
+    """Returns the public function `load`, which is imported late because it imports PyTorch."""
     if name == "load":
         from cvae.sampling.sampler import load
 

@@ -162,8 +162,7 @@ def _describe(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
     """Returns config.json's contents. Raises UserError if the run was trained on other data than are here."""
     lines = journal.read(run.journal_file)[0]
     data, experiment, entry = trained.data, trained.experiment, trained.encoder_entry
-    start = next((line for line in reversed(lines) if line["kind"] == "start"), {})
-    trained.check_trained_on(start.get("data_digest"))
+    start = trained.last_start(lines)
     encoder = None
     if entry is not None:
         assert experiment.data.text_encoder is not None

@@ -1,4 +1,4 @@
-"""Labelled grids of images: the layout of every picture that is made of samples."""
+"""Labelled grids of images, the layout of all pictures of samples."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,8 @@ from cvae.sampling.lettering import (
 PAPER = (255, 255, 255)
 MARGIN, GAP = 16, 3
 _LABEL_WIDTH = 280
-# Small images are enlarged to about _CELL pixels, large ones shown at up to _LARGEST. Many are shown smaller,
-# so that a page stays within _PAGE pixels each way: viewers and memory take no more.
+# In pixels: small images are enlarged to about _CELL, large ones shown at up to _LARGEST, and many images
+# smaller, so that both sides of a page stay within _PAGE, which viewers and memory can take.
 _CELL, _LARGEST, _SMALLEST, _PAGE = 96, 256, 32, 8192
 
 
@@ -30,10 +30,10 @@ def labelled_grid(
     column_labels: Sequence[str] = (),
     title: str = "",
 ) -> Image.Image:
-    """Images in rows and columns, labelled at the left and above.
+    """Returns images in rows and columns, with labels at the left and above.
 
-    cells: (rows, columns, C, H, W), grey or RGB; shown at a whole multiple of their size, or shrunk where
-    that would be too large. Labels are wrapped; too long ones end in an ellipsis.
+    cells: (rows, columns, C, H, W), grey or RGB. They are enlarged to a whole multiple of their size, or shrunk
+    if the page would be too large. Labels are wrapped; too long ones end in an ellipsis.
     """
     images = enlarge(cells, widest(*cells.shape[:2]))
     n_rows, n_columns, height, width = images.shape[:4]
@@ -67,12 +67,12 @@ def labelled_grid(
 
 
 def widest(n_rows: int, n_columns: int) -> int:
-    """The most pixels that a cell is wide and high in a grid of so many."""
+    """Returns the maximum width and height in pixels of a cell in a grid of this many."""
     return min(_LARGEST, max(_SMALLEST, _PAGE // max(n_rows, n_columns) - GAP))
 
 
 def shrink(images: NDArray[np.uint8], most: int) -> NDArray[np.uint8]:
-    """(…, C, H, W) scaled down, where they are larger, until neither side exceeds `most` pixels."""
+    """Scales images (…, C, H, W) down until neither side exceeds `most` pixels."""
     height, width = images.shape[-2:]
     scale = most / max(height, width)
     if scale >= 1:
@@ -86,7 +86,7 @@ def shrink(images: NDArray[np.uint8], most: int) -> NDArray[np.uint8]:
 
 
 def enlarge(images: NDArray[np.uint8], most: int = _LARGEST) -> NDArray[np.uint8]:
-    """(…, C, H, W) → RGB (…, H', W', 3) as shown: no side over `most`, small images about _CELL wide."""
+    """Returns images (…, C, H, W) as RGB (…, H', W', 3): no side over `most`, small ones about _CELL wide."""
     images = shrink(images, most)
     factor = max(1, min(round(_CELL / images.shape[-1]), most // max(images.shape[-2:])))
     images = np.moveaxis(images, -3, -1)

@@ -3,13 +3,13 @@
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cvae import metrics
 from cvae.config.experiment import Experiment
 from cvae.models.cvae import Cvae
-from cvae.sampling.export_format import SAMPLES, ExportedModel, Provenance
+from cvae.sampling.export_format import SAMPLES, ExportedModel
 
 _LIKELIHOODS = {
     "bernoulli": "Bernoulli (binary cross-entropy, summed)",
@@ -22,11 +22,11 @@ def model_card(
     exported: ExportedModel, experiment: Experiment, model: Cvae, prompts: Sequence[str]
 ) -> str:
     """Returns Markdown after the hub's YAML front matter. prompts: examples of what the model draws."""
+    # Imported late: drawing with an exported model needs no jinja2.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=folder,
+        loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -36,29 +36,18 @@ def model_card(
         "thousands": "{:,}".format,
         "quote": shlex.quote,
         "file_name": lambda path: Path(path).name,
+        "product": math.prod,
         "shape": lambda sizes: str(tuple(sizes)),
+        "meaning": _meaning,
     }
-    channels, height, width = exported.image_shape
     return environment.get_template("model_card.md.j2").render(
         exported=exported,
         experiment=experiment,
-        settings=experiment.model,
-        training=experiment.training,
-        data=exported.data,
-        encoder=exported.text_encoder,
-        channels=channels,
-        height=height,
-        width=width,
-        n_parameters=model.n_parameters(),
-        latent_shape=model.latent_shape,
-        n_latents=math.prod(model.latent_shape),
+        model=model,
         likelihood=_LIKELIHOODS[experiment.model.likelihood],
         samples=SAMPLES,
         prompts=list(prompts),
         first_prompt=json.dumps(prompts[:1], ensure_ascii=False) if prompts else None,
-        metrics=list(_metric_rows(exported.metrics)),
-        has_errors=any(name.endswith("_se") for name in exported.metrics),
-        provenance=list(_provenance_rows(exported.provenance)),
         front_matter=_front_matter(exported, experiment),
     )
 
@@ -94,28 +83,6 @@ def _front_matter(exported: ExportedModel, experiment: Experiment) -> str:
     return str(card.to_yaml())
 
 
-def _metric_rows(values: dict[str, float]) -> Iterator[tuple[str, str]]:
-    """Yields each metric's meaning and its value with its standard error."""
-    for name, value in values.items():
-        error = values.get(f"{name}_se")
-        if not name.endswith("_se"):
-            yield _meaning(name), f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
-
-
 def _meaning(name: str) -> str:
     metric = metrics.find(name)
     return name if metric is None else metric.description()
-
-
-def _provenance_rows(known: Provenance) -> Iterator[tuple[str, str]]:
-    if known.commit is not None:
-        changes = ", with uncommitted changes" if known.uncommitted_changes else ""
-        yield "code", f"commit `{known.commit}`{changes}"
-    if packages := [f"{name} {version}" for name, version in known.packages.items() if version]:
-        yield "packages", ", ".join(packages)
-    if known.world_size is not None:
-        ranks = f"{known.world_size} rank{'s' * (known.world_size > 1)}"
-        hosts = f"{known.hosts} host{'s' * ((known.hosts or 1) > 1)}"
-        yield "machines", f"{ranks} on {hosts}; {known.device}, {known.precision}"
-    for command in known.commands:
-        yield "command", f"`{command}`"

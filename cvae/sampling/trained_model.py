@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,13 +87,19 @@ class TrainedModel:
             )
         return data
 
-    def check_trained_on(self, digest: str | None) -> None:
-        """Raises UserError if `digest`, the data's digest in the run's journal, is not that of its data here."""
-        if digest not in (None, self.data_digest):
+    def last_start(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the last "start" line of the run's journal, {} if there is none.
+
+        Raises UserError if it names other data than are prepared here.
+        """
+        start = next((line for line in reversed(lines) if line["kind"] == "start"), {})
+        digest = start.get("data_digest", self.data_digest)
+        if digest != self.data_digest:
             raise UserError(
                 f"{self.name} was trained on other data than {self.data.store.path} holds now (digest"
-                f" {str(digest)[:12]}, now {self.data_digest[:12]})"
+                f" {digest[:12]}, now {self.data_digest[:12]})"
             )
+        return start
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

@@ -43,7 +43,7 @@ def test_bad_input_is_one_line(tiny_store: Path, home: Path) -> None:
         (["tiyn"], "no such run"),
         (["empty"], "has no checkpoint yet"),
         (["tiny", "--metrics", "psnr"], "--metrics psnr: there is no such group"),
-        (["tiny", "--metrics", "captions"], "told a caption"),
+        (["tiny", "--metrics", "captions"], "draws from captions"),
         (["tiny", "--inception", str(home / "none.pt")], "no such file"),
         (["tiny", "--split", "test"], "invalid choice"),
     ):

@@ -58,7 +58,7 @@ def test_mistakes_make_no_folder(tiny_store: Path, tmp_path: Path) -> None:
     for name, message in (
         ("nine", "no such run .*; did you mean mine"),
         ("empty", "no intact checkpoint yet"),
-        (str(tmp_path / "out"), "is an exported model already; copy it"),
+        (str(tmp_path / "out"), "is already an exported model; copy it"),
     ):
         with pytest.raises(UserError, match=message):
             main([name, str(tmp_path / "new")])

@@ -76,7 +76,7 @@ def test_classes_are_drawn_and_judged(home: Path, capsys: pytest.CaptureFixture[
     # Fresh weights draw grey: all samples look alike, so just one class can be right.
     assert judged["sample_accuracy"] == pytest.approx(1 / 3, abs=0.01)
     printed = capsys.readouterr().out
-    assert "33.3 % of samples are taken for what they should be" in printed
+    assert "33.3 % of samples are classified as their class" in printed
     assert "classes.png" in printed
 
 
@@ -160,7 +160,7 @@ def test_captions_of_every_kind(
     main(["tiny", *captions, "-n", "1", "--out", str(tmp_path / "a.png")])
     printed, noted = capsys.readouterr()
     assert printed.splitlines()[0] == (
-        "no font here has 一: such letters are named or numbered in the labels"
+        "no font here has 一: the labels name or number such letters"
     )
     notes = [line for line in noted.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1

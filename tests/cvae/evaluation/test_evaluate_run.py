@@ -173,7 +173,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     for experiment, group, message in (
         (labelled, "iwea", "no such group.*iwae"),
         (labelled, "fid", "needs --inception FILE"),
-        (labelled, "captions", "told a caption"),
+        (labelled, "captions", "draws from captions"),
         (captioned, "probe", "needs labels"),
     ):
         with pytest.raises(UserError, match=message):

@@ -33,7 +33,7 @@ def test_the_distance_is_that_of_two_gaussians(tiny_store: Path) -> None:
     found = evaluate_frechet(asked, TwoNumbers(), "two")
     features = TwoNumbers()
     real, made = [], []
-    for part, _ in asked.each(lambda part: None):
+    for part, _ in asked.map(lambda part: None):
         images, condition, noise = part.batch
         real.append(features(images))
         drawn = asked.model.decode(asked.model.draw_latent(noise, condition), condition)

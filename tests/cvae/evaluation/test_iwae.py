@@ -84,7 +84,7 @@ class Alone(NamedTuple):
     def advance(self, images: float) -> None:
         pass
 
-    def each(
+    def map(
         self, function: Callable[[EvaluationBatch], Tensor], advances: bool
     ) -> list[tuple[EvaluationBatch, Tensor]]:
         n = len(self.images)
