@@ -24,7 +24,6 @@ from workflows.jobs.run_state import (
     run_state,
     submissions,
     total_steps,
-    total_steps_of,
 )
 from workflows.terminal.formatting import Fact, aligned, clock, duration, shown
 from workflows.terminal.live_display import Display
@@ -59,12 +58,9 @@ def follow(run: RunDirectory) -> int:
         state = Follower(run, display).watch()
     except KeyboardInterrupt:
         display.clear()
-        commands = {
-            "follow": f"logs {run.name} --follow",
-            "look": f"show {run.name}",
-            "stop": f"cancel {run.name}",
-        }
-        facts = [(name, f"python workflows/runs.py {words}") for name, words in commands.items()]
+        commands = {"follow": "logs {} --follow", "look": "show {}", "stop": "cancel {}"}
+        command = "python workflows/runs.py"
+        facts = [(name, f"{command} {text.format(run.name)}") for name, text in commands.items()]
         print(f"\ndetached: {run.name} continues.\n{aligned(facts)}")
         return DETACHED
     display.clear()
@@ -80,13 +76,11 @@ class Follower:
 
     def __init__(self, run: RunDirectory, display: Display):
         self.run, self.display = run, display
-        self.total: int | None = None
+        self.total = total_steps(run)
         self.log_every, self.compiles = 1, False
         with suppress(UserError):
-            experiment = run.experiment()
-            self.total = total_steps_of(experiment)
-            self.log_every = experiment.training.log_every
-            self.compiles = experiment.training.compile
+            training = run.experiment().training
+            self.log_every, self.compiles = training.log_every, training.compile
         self.submission = submissions(run)[-1]
         self.offset = self.submission.journal_offset
         self.marks: list[Line] = []
@@ -106,10 +100,11 @@ class Follower:
             for line in lines:
                 self.show_line(line)
             state = judge(self.marks, self.job, cancelled=False)
-            patience_s = _PATIENCE_S.get(state.status)
-            ended_at = None if patience_s is None else ended_at or time.monotonic()
-            if patience_s is not None and ended_at is not None:
-                if not self.job.alive or time.monotonic() > ended_at + patience_s:
+            is_over = state.status in _PATIENCE_S
+            ended_at = (ended_at or time.monotonic()) if is_over else None
+            if ended_at is not None:
+                overdue = time.monotonic() > ended_at + _PATIENCE_S[state.status]
+                if overdue or not self.job.alive:
                     return run_state(self.run)
                 waiting = f"{state.status}; waiting for the job to end"
                 self.display.status(waiting, self._mirroring())
@@ -147,15 +142,17 @@ class Follower:
         if state.status == "stopping":
             text = "stopped; waiting for the job to end"
         elif state.status == "running":
-            text = "waiting for the first step"
-            text += "; the model is being compiled" if self.compiles else ""
+            compiling = "; the model is being compiled" if self.compiles else ""
+            text = f"waiting for the first step{compiling}"
         elif state.status == "starting":
-            node = self.job.reason
-            text = f"starting: {where}" + ("" if node in where else f", on {node}")
-            text += "; the nodes are checked, the model is being built" if self.checked else ""
+            node = "" if self.job.reason in where else f", on {self.job.reason}"
+            building = "; the nodes are checked, the model is being built" if self.checked else ""
+            text = f"starting: {where}{node}{building}"
         else:
-            text = f"queued: {where}"
-            text += f", waits for: {self.job.reason}" if self.job.reason not in ("", "None") else ""
+            reason = self.job.reason
+            text = f"queued: {where}" + (
+                f", waits for: {reason}" if reason not in ("", "None") else ""
+            )
             if self.job.start is not None:
                 detail = f", expected to start {clock(self.job.start)}"
         self.display.status(text, detail)

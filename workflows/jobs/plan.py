@@ -45,7 +45,8 @@ def plan_launch(
     open_store(experiment.data.name, experiment.data.image_size)
     place, placement, facts = locate(requested, cluster_name, dry_run, time)
     run = RunDirectory(paths.runs_dir() / name)
-    has_slurm = place.config.executor == "slurm" and place.config.slurm().answers()
+    config, script = place.config, None
+    has_slurm = config.executor == "slurm" and config.slurm().answers()
     facts = [
         ("experiment", origin),
         ("run", name),
@@ -55,13 +56,12 @@ def plan_launch(
         ("logs", shown(run.logs)),
         ("MLflow", open_mlflow()),
     ]
-    script = None
-    if place.config.executor == "slurm":
-        script = executors.sbatch_script(job_of(run, CodeSnapshot().path), place.config, placement)
-    if script is not None and has_slurm:
-        start = place.config.slurm().test(script)
-        expected = f" and expects it to start {clock(start)}" if start else ""
-        facts.append(("queue", f"SLURM would accept the job now{expected}"))
+    if config.executor == "slurm":
+        script = executors.sbatch_script(job_of(run, CodeSnapshot().path), config, placement)
+        if has_slurm:
+            start = config.slurm().test(script)
+            expected = f" and expects it to start {clock(start)}" if start else ""
+            facts.append(("queue", f"SLURM would accept the job now{expected}"))
     return LaunchPlan(place, placement, facts, script)
 
 
@@ -73,8 +73,9 @@ def locate(
     Raises UserError if SLURM does not respond (unless dry), or has less than is requested.
     """
     place = cluster_file.choose(cluster_name)
-    if place.config.executor == "local":
-        placement, device = cluster_file.fit_here(place.config, requested)
+    config, placement, ranks = place.config, requested, str(requested)
+    if config.executor == "local":
+        placement, device = cluster_file.fit_here(config, requested)
         ranks = str(placement)
         if placement.world_size < requested.world_size:
             ranks += (
@@ -83,22 +84,16 @@ def locate(
             )
         unused = "; --time has no effect here" if time.requested else ""
         where = f"this machine ({place.why}); {device}{unused}"
-        return place, placement, [("where", where), ("ranks", ranks)]
-    if dry and not place.config.slurm().answers():
-        where = (
-            f"cluster {place.name}; its SLURM does not respond here, so nothing is checked with it"
-        )
-        config = place.config.model_copy(update={"time_limit_min": time.of(place)})
-        return (
-            place._replace(config=config),
-            requested,
-            [("where", where), ("ranks", str(requested))],
-        )
-    place = place._replace(config=cluster_file.fit(place, requested, time))
-    limit = place.config.time_limit_min
-    allowed = f"at most {limit} minutes" if limit else "no time limit"
-    where = f"cluster {place.name} ({place.why}); {allowed}"
-    return place, requested, [("where", where), ("ranks", f"{requested}, one per GPU")]
+    elif dry and not config.slurm().answers():
+        config = config.model_copy(update={"time_limit_min": time.of(place)})
+        where = f"cluster {place.name}; its SLURM does not respond here, so this is unchecked"
+    else:
+        config = cluster_file.fit(place, requested, time)
+        limit = config.time_limit_min
+        allowed = f"at most {limit} minutes" if limit else "no time limit"
+        where = f"cluster {place.name} ({place.why}); {allowed}"
+        ranks += ", one per GPU"
+    return place._replace(config=config), placement, [("where", where), ("ranks", ranks)]
 
 
 def experiment_facts(
@@ -116,9 +111,9 @@ def experiment_facts(
         # This machine may have a network; the nodes of a cluster often have none.
         published_folder(model, data.image_shape[0], model.init_from)
     built = meta_model(experiment, data.image_shape, data.condition_dim)
-    n_images = len(data.train_rows)
+    n_images, batch_size = len(data.train_rows), training.global_batch_size
     total = experiment.total_steps(n_images)
-    epochs = total * training.global_batch_size / n_images
+    epochs = total * batch_size / n_images
     used = f"{n_images:,} of " if settings.fraction < 1 else ""
     facts = [
         ("batch", _batch(training, placement.world_size)),
@@ -131,8 +126,7 @@ def experiment_facts(
         ),
         ("engine", _engine(training)),
     ]
-    batch_size = training.global_batch_size
-    if (expected := expected_fact(place.config, placement, built, batch_size, total)) is not None:
+    if expected := expected_fact(place.config, placement, built, batch_size, total):
         facts.append(("expected", expected))
     facts.append(("precision", _precision(training.precision, place)))
     if has_slurm:
@@ -187,9 +181,8 @@ def _precision(requested: str, place: Place) -> str:
 
 def default_experiment() -> tuple[Path, str]:
     """Returns the experiment file to train if none is named, and why it is that one."""
-    large, small = (
-        paths.PROJECT_ROOT / "configs" / f"{name}.yaml" for name in ("coco_ldm", "demo")
-    )
+    configs = paths.PROJECT_ROOT / "configs"
+    large, small = configs / "coco_ldm.yaml", configs / "demo.yaml"
     if not large.is_file():
         return small, "there is no configs/coco_ldm.yaml"
     try:
