@@ -46,41 +46,37 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 class Data(Strict):
     """The prepared images and captions, which `prepare.py` writes below data/."""
 
-    name: FileName = Field(
-        description="name of the prepared data set: fashion_mnist, scenes, coco, …"
-    )
-    image_size: Pixels = Field(description="height and width of the prepared images in pixels")
-    train: FileName = Field("train", description="split to train on")
-    val: FileName = Field("val", description="split to evaluate on")
-    text_encoder: Annotated[str, AfterValidator(_encoder_name)] | None = Field(
-        None,
-        description="frozen text encoder whose prepared embeddings condition the model: minilm, …;"
-        " required if model.condition is text, otherwise null",
-    )
-    fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="fraction of the training split to use. Which images these are depends only on"
-        " their ids and the seed; for the same seed, 5 % are a subset of 30 %",
-    )
+    name: FileName
+    """Name of the prepared data set: fashion_mnist, scenes, coco, …"""
+    image_size: Pixels
+    """Height and width of the prepared images in pixels."""
+    train: FileName = "train"
+    """Split to train on."""
+    val: FileName = "val"
+    """Split to evaluate on."""
+    text_encoder: Annotated[str, AfterValidator(_encoder_name)] | None = None
+    """Frozen text encoder whose prepared embeddings condition the model: minilm, …; required
+    if model.condition is text, otherwise null."""
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Fraction of the training split to use. Which images these are depends only on their ids
+    and the seed; for the same seed, 5 % are a subset of 30 %."""
 
 
 class Mlp(Strict):
-    hidden_dim: Size = Field(400, description="units of the hidden layer of encoder and decoder")
+    hidden_dim: Size = 400
+    """Units of the hidden layer of encoder and decoder."""
 
 
 class Conv(Strict):
-    width: Channels = Field(
-        64, description="channels of the first of four stages; each stage doubles the number"
-    )
+    width: Channels = 64
+    """Channels of the first of four stages; each stage doubles the number."""
 
 
 class Resnet(Strict):
-    width: Channels = Field(
-        64, description="channels of the first of four stages; each stage doubles the number"
-    )
-    blocks: Depth = Field(2, description="residual blocks in each stage")
+    width: Channels = 64
+    """Channels of the first of four stages; each stage doubles the number."""
+    blocks: Depth = 2
+    """Residual blocks in each stage."""
 
 
 class Ldm(Strict):
@@ -88,74 +84,52 @@ class Ldm(Strict):
 
     block_out_channels: Annotated[
         tuple[Channels, ...], FromList, Field(min_length=1, max_length=8)
-    ] = Field(
-        (128, 256, 512, 512),
-        description="channels of each stage; between two stages the image is halved",
-    )
-    layers_per_block: Depth = Field(2, description="residual blocks in each stage")
-    norm_num_groups: Channels = Field(
-        32, description="groups of the group normalisation; must divide every block_out_channels"
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="compute activations again in the backward pass instead of storing them:"
-        " less memory, about a third more time",
-    )
+    ] = (128, 256, 512, 512)
+    """Channels of each stage; between two stages the image is halved."""
+    layers_per_block: Depth = 2
+    """Residual blocks in each stage."""
+    norm_num_groups: Channels = 32
+    """Groups of the group normalisation; must divide every block_out_channels."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of storing them: less memory,
+    about a third more time."""
 
 
 class Model(Strict):
     """The conditional VAE: its networks, its latent, and the terms of its loss."""
 
-    backbone: Literal["mlp", "conv", "resnet", "ldm"] = Field(
-        description="networks of encoder and decoder; the block of the same name holds their sizes"
-    )
-    condition: Literal["none", "label", "text"] = Field(
-        description="what the model is conditioned on: nothing, the image's class, or its caption"
-    )
-    fusion: Literal["concat", "add", "film"] = Field(
-        "concat",
-        description="how the condition enters the backbone: concatenated with the features at the"
-        " bottleneck, added to them, or as a scale and shift of every stage's feature maps"
-        " (film; Perez et al. 2018)",
-    )
-    standardize_condition: bool = Field(
-        False,
-        description="standardise each dimension of the text embedding by its mean and standard"
-        " deviation over the training captions; useful as pooled embeddings of similar captions"
-        " differ little",
-    )
-    latent: Literal["vector", "spatial"] | None = Field(
-        None,
-        description="shape of z: a vector or a feature map; null: spatial for ldm, else vector",
-    )
-    latent_dim: Size = Field(description="length of a vector z, or channels of a spatial z")
-    prior: Literal["standard", "text"] = Field(
-        "standard",
-        description="prior of z. standard: N(0, I); text: a diagonal Gaussian p(z|c) whose mean and"
-        " variance are learned functions of the caption (Sohn et al. 2015)",
-    )
-    likelihood: Literal["bernoulli", "gaussian", "optimal_gaussian"] = Field(
-        description="reconstruction loss, summed over pixels. bernoulli: binary cross-entropy;"
-        " gaussian: squared error; optimal_gaussian: Gaussian whose variance is the mean squared"
-        " error (σ-VAE, Rybkin et al. 2021)"
-    )
-    beta: float = Field(1.0, ge=0, description="weight of the KL term (Higgins et al. 2017)")
-    beta_warmup_steps: Count = Field(
-        0, description="optimizer steps over which the weight of the KL term grows from 0 to beta"
-    )
-    free_bits: float = Field(
-        0.0,
-        ge=0,
-        description="KL in nats per latent dimension and image below which it is not penalised"
-        " (Kingma et al. 2016, appendix C.8)",
-    )
-    init_from: str | None = Field(
-        None,
-        min_length=1,
-        max_length=1000,
-        description="published AutoencoderKL whose weights initialise ldm: a folder or the name of a"
-        " model on the Hugging Face hub",
-    )
+    backbone: Literal["mlp", "conv", "resnet", "ldm"]
+    """Networks of encoder and decoder; the block of the same name holds their sizes."""
+    condition: Literal["none", "label", "text"]
+    """What the model is conditioned on: nothing, the image's class, or its caption."""
+    fusion: Literal["concat", "add", "film"] = "concat"
+    """How the condition enters the backbone: concatenated with the features at the bottleneck,
+    added to them, or as a scale and shift of every stage's feature maps (film; Perez et al.
+    2018)."""
+    standardize_condition: bool = False
+    """Standardise each dimension of the text embedding by its mean and standard deviation over
+    the training captions; useful as pooled embeddings of similar captions differ little."""
+    latent: Literal["vector", "spatial"] | None = None
+    """Shape of z: a vector or a feature map; null: spatial for ldm, else vector."""
+    latent_dim: Size
+    """Length of a vector z, or channels of a spatial z."""
+    prior: Literal["standard", "text"] = "standard"
+    """Prior of z. standard: N(0, I); text: a diagonal Gaussian p(z|c) whose mean and variance
+    are learned functions of the caption (Sohn et al. 2015)."""
+    likelihood: Literal["bernoulli", "gaussian", "optimal_gaussian"]
+    """Reconstruction loss, summed over pixels. bernoulli: binary cross-entropy; gaussian:
+    squared error; optimal_gaussian: Gaussian whose variance is the mean squared error (σ-VAE,
+    Rybkin et al. 2021)."""
+    beta: float = Field(1.0, ge=0)
+    """Weight of the KL term (Higgins et al. 2017)."""
+    beta_warmup_steps: Count = 0
+    """Optimizer steps over which the weight of the KL term grows from 0 to beta."""
+    free_bits: float = Field(0.0, ge=0)
+    """KL in nats per latent dimension and image below which it is not penalised (Kingma et al.
+    2016, appendix C.8)."""
+    init_from: str | None = Field(None, min_length=1, max_length=1000)
+    """Published AutoencoderKL whose weights initialise ldm: a folder or the name of a model on
+    the Hugging Face hub."""
     mlp: Mlp = Mlp()
     conv: Conv = Conv()
     resnet: Resnet = Resnet()
@@ -218,20 +192,18 @@ HALVINGS: dict[str, Callable[[Model], int]] = {
 class Optimizer(Strict):
     """Adam, and the course of its learning rate."""
 
-    lr: float = Field(gt=0, description="peak learning rate of Adam")
-    betas: Annotated[tuple[float, float], FromList] = Field(
-        (0.9, 0.999), description="Adam's decay rates of the gradient's first and second moment"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled (AdamW); 0 is plain Adam")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="learning rate after the warm-up; cosine and linear decay to 0"
-    )
-    warmup_steps: Count = Field(
-        0, description="optimizer steps over which the learning rate grows linearly from 0 to lr"
-    )
-    clip_norm: float | None = Field(
-        None, gt=0, description="norm to which the whole gradient is clipped; null: no clipping"
-    )
+    lr: float = Field(gt=0)
+    """Peak learning rate of Adam."""
+    betas: Annotated[tuple[float, float], FromList] = (0.9, 0.999)
+    """Adam's decay rates of the gradient's first and second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW); 0 is plain Adam."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up; cosine and linear decay to 0."""
+    warmup_steps: Count = 0
+    """Optimizer steps over which the learning rate grows linearly from 0 to lr."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Norm to which the whole gradient is clipped; null: no clipping."""
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "Optimizer":
@@ -241,82 +213,60 @@ class Optimizer(Strict):
 
 
 class DeepSpeed(Strict):
-    zero_stage: Annotated[Literal[0, 1, 2, 3], Number] = Field(
-        1,
-        description="what is partitioned over the ranks instead of replicated: 0 nothing, 1 Adam's"
-        " state, 2 also the gradients, 3 also the weights (Rajbhandari et al. 2020)",
-    )
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Number] = 1
+    """What is partitioned over the ranks instead of replicated: 0 nothing, 1 Adam's state, 2
+    also the gradients, 3 also the weights (Rajbhandari et al. 2020)."""
 
 
 class Training(Strict):
     """How long and how the model is trained; none of these keys depends on the number of ranks."""
 
-    epochs: float = Field(
-        gt=0, le=1e6, description="passes over the training split; may be fractional"
-    )
-    max_steps: Positive | None = Field(
-        None, description="optimizer steps after which training ends if the epochs are longer"
-    )
-    global_batch_size: Size = Field(description="images per optimizer step, over all ranks")
-    micro_batch_size: Size | None = Field(
-        None,
-        description="maximum number of images that a rank processes at once; gradients of a larger"
-        " share are accumulated. null: no limit",
-    )
-    engine: Literal["ddp", "deepspeed"] = Field(
-        "ddp",
-        description="library that sums the gradients over the ranks; the loss curve and the format"
-        " of checkpoints are the same",
-    )
+    epochs: float = Field(gt=0, le=1e6)
+    """Passes over the training split; may be fractional."""
+    max_steps: Positive | None = None
+    """Optimizer steps after which training ends if the epochs are longer."""
+    global_batch_size: Size
+    """Images per optimizer step, over all ranks."""
+    micro_batch_size: Size | None = None
+    """Maximum number of images that a rank processes at once; gradients of a larger share are
+    accumulated. null: no limit."""
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    """Library that sums the gradients over the ranks; the loss curve and the format of
+    checkpoints are the same."""
     deepspeed: DeepSpeed = DeepSpeed()
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
-        "auto",
-        description="precision of matrix products and convolutions. auto: bf16 on GPUs of compute"
-        " capability 8.0 or higher, fp16 on older ones, fp32 on CPUs; fp32 never uses TF32; tf32"
-        " uses it in both (A100 and later)",
-    )
-    deterministic: bool = Field(
-        False,
-        description="use only deterministic operations, some of which are slower on GPUs. A resumed"
-        " run ends in bit-identical weights always on CPUs, and with this key on GPUs",
-    )
-    compile: bool = Field(
-        False,
-        description="compile the model with torch.compile: faster steps after some seconds of"
-        " compilation; losses differ in their last bits",
-    )
-    ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="decay per step of an exponential moving average of the weights, which is"
-        " evaluated and exported in their place; null: no average",
-    )
-    log_every: Positive = Field(
-        10, description="optimizer steps between two points of the training curve"
-    )
-    eval_every: Positive = Field(
-        1, description="epochs between two evaluations; a checkpoint is saved after each"
-    )
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Precision of matrix products and convolutions. auto: bf16 on GPUs of compute capability
+    8.0 or higher, fp16 on older ones, fp32 on CPUs; fp32 never uses TF32; tf32 uses it in both
+    (A100 and later)."""
+    deterministic: bool = False
+    """Use only deterministic operations, some of which are slower on GPUs. A resumed run ends
+    in bit-identical weights always on CPUs, and with this key on GPUs."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster steps after some seconds of compilation;
+    losses differ in their last bits."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, which is evaluated and
+    exported in their place; null: no average."""
+    log_every: Positive = 10
+    """Optimizer steps between two points of the training curve."""
+    eval_every: Positive = 1
+    """Epochs between two evaluations; a checkpoint is saved after each."""
 
 
 class Checkpoint(Strict):
-    every_steps: Positive | None = Field(
-        None, description="optimizer steps between two checkpoints in addition to the evaluations'"
-    )
-    keep: Positive = Field(3, description="newest checkpoints to keep, in addition to the best one")
+    every_steps: Positive | None = None
+    """Optimizer steps between two checkpoints in addition to the evaluations'."""
+    keep: Positive = 3
+    """Newest checkpoints to keep, in addition to the best one."""
 
 
 class Experiment(Strict):
     """All that determines a run's results, which do not depend on the machines it runs on."""
 
-    name: Name = Field(description="name of the experiment in MLflow, and beginning of runs' names")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="seed of the weights, batches, noise, dropout, and of data.fraction's choice",
-    )
+    name: Name
+    """Name of the experiment in MLflow, and beginning of runs' names."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, batches, noise, dropout, and of data.fraction's choice."""
     data: Data
     model: Model
     optimizer: Optimizer

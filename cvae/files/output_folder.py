@@ -1,8 +1,7 @@
 """What a command may overwrite: nothing but output that the same command has made.
 
-A folder that a command writes appears whole under its name (whole_folder) or grows there
-(growing_folder). It contains a marker that names the command and its files. Only a folder with that
-marker and without any other file is ever replaced.
+A folder that a command writes appears whole under its name. It contains a marker that names the
+command and its files. Only a folder with that marker and without any other file is ever replaced.
 """
 
 import ctypes
@@ -108,7 +107,7 @@ def whole_folder(
         os.rename(old, path)  # a process was killed between the two renames of _replace
     with suppress(FileExistsError):
         nascent.mkdir()
-    with file_lock(nascent, refusal=_in_use(folder)):
+    with file_lock(nascent, refusal=in_use(folder)):
         if os.listdir(nascent) and not is_own(nascent):
             raise UserError(f"{nascent} is in the way, and was not left by {made_by}; remove it")
         for leftover in nascent.iterdir():
@@ -119,7 +118,7 @@ def whole_folder(
         try:
             (nascent / MARKER).write_text(json.dumps({"made_by": made_by, "files": None}))
             yield nascent
-            _mark(nascent, made_by)
+            mark(nascent, made_by)
             for file in nascent.rglob("*"):
                 paths.fsync(file)
             check_folder(folder, made_by, older)
@@ -130,27 +129,7 @@ def whole_folder(
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-@contextmanager
-def growing_folder(
-    folder: Path, made_by: str, older: Callable[[Path], bool] = _never
-) -> Iterator[Path]:
-    """Yields `folder` under its own name at once, for results that are needed while work goes on.
-
-    Everything in it when the context ends, with or without an error, counts as made by the command.
-    Files of an earlier call stay until they are overwritten. Raises as whole_folder.
-    """
-    path = check_folder(folder, made_by, older)
-    path.mkdir(parents=True, exist_ok=True)
-    with file_lock(path, refusal=_in_use(folder)):
-        check_folder(folder, made_by, older)
-        _mark(path, made_by)
-        try:
-            yield path
-        finally:
-            _mark(path, made_by)
-
-
-def _in_use(folder: Path) -> str:
+def in_use(folder: Path) -> str:
     return f"{folder} is being written by another process just now"
 
 
@@ -195,7 +174,8 @@ def _files_made(folder: Path, made_by: str) -> set[str] | None:
     return {MARKER, *map(str, files)}
 
 
-def _mark(folder: Path, made_by: str) -> None:
+def mark(folder: Path, made_by: str) -> None:
+    """Marks all files that are in a folder as made by a command."""
     json_file.save(folder / MARKER, {"made_by": made_by, "files": sorted(_files(folder))})
 
 

@@ -25,10 +25,11 @@ from cvae.command_line import Parser, files_and_overrides, positive
 from cvae.config.experiment import Experiment, load_experiment
 from cvae.errors import UserError, did_you_mean
 from cvae.files import paths
-from cvae.files.output_folder import check_folder, growing_folder
+from cvae.files.output_folder import check_folder
 from cvae.run.directory import free_name
 from slurm import cluster_file
 from slurm.cluster_file import Place, Placement
+from tests.helpers.growing_folder import growing_folder
 from tests.studies.benchmarks import GROUPS, PREPARATION
 from workflows.jobs.job_options import add_time
 from workflows.terminal.formatting import aligned

@@ -30,13 +30,16 @@ METRICS = tuple(
 class Space(Strict):
     """The values of one key: exactly one of these."""
 
-    grid: Values = Field(None, description="each of these values")
-    choice: Values = Field(None, description="one of these values, drawn at random")
-    uniform: Range = Field(None, description="drawn between two numbers, both included")
-    loguniform: Range = Field(None, description="drawn uniformly in the logarithm")
-    seeds: Positive | None = Field(
-        None, description="for the key seed: this many seeds, beginning with the experiment's"
-    )
+    grid: Values = None
+    """Each of these values."""
+    choice: Values = None
+    """One of these values, drawn at random."""
+    uniform: Range = None
+    """Drawn between two numbers, both included."""
+    loguniform: Range = None
+    """Drawn uniformly in the logarithm."""
+    seeds: Positive | None = None
+    """For the key seed: this many seeds, beginning with the experiment's."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Space":
@@ -63,56 +66,48 @@ class Space(Strict):
 
 
 class Search(Strict):
-    name: Literal["grid", "random", "optuna"] = Field(
-        "grid",
-        description="grid: every combination; random: draws; optuna: draws of its sampler (TPE), which"
-        " learns from earlier trials",
-    )
-    samples: Positive = Field(
-        1, description="number of draws, each combined with every combination of grid values"
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the draws")
+    name: Literal["grid", "random", "optuna"] = "grid"
+    """grid: every combination; random: draws; optuna: draws of its sampler (TPE), which learns
+    from earlier trials."""
+    samples: Positive = 1
+    """Number of draws, each combined with every combination of grid values."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the draws."""
 
 
 class Scheduler(Strict):
-    name: Literal["none", "asha", "pbt"] = Field(
-        "none",
-        description="asha: stops the worst trials early (Li et al. 2020); pbt: the worst trials continue"
-        " from the weights of the best, with changed keys (Jaderberg et al. 2017)",
-    )
-    grace_epochs: Positive = Field(1, description="asha: epochs before a trial may be stopped")
-    reduction_factor: Annotated[int, Field(gt=1, le=2**31 - 1)] = Field(
-        4, description="asha: one in this many trials continues"
-    )
-    every_epochs: Positive = Field(1, description="pbt: epochs between two changes")
-    mutate: list[Literal[MUTABLE]] = Field(  # type: ignore[valid-type]
-        [], description="pbt: the keys of the space that may change during training"
-    )
+    name: Literal["none", "asha", "pbt"] = "none"
+    """asha: stops the worst trials early (Li et al. 2020); pbt: the worst trials continue from
+    the weights of the best, with changed keys (Jaderberg et al. 2017)."""
+    grace_epochs: Positive = 1
+    """asha: epochs before a trial may be stopped."""
+    reduction_factor: Annotated[int, Field(gt=1, le=2**31 - 1)] = 4
+    """asha: one in this many trials continues."""
+    every_epochs: Positive = 1
+    """pbt: epochs between two changes."""
+    mutate: list[Literal[MUTABLE]] = Field([])  # type: ignore[valid-type]
+    """pbt: the keys of the space that may change during training."""
 
 
 class Sweep(Strict):
-    name: Name = Field(description="beginning of the names of the sweep and of its runs")
-    experiment: str = Field(
-        min_length=1, max_length=1000, description="experiment file, relative to the project's root"
-    )
-    values: dict[str, Any] = Field(
-        {}, description="values of keys of the experiment, for all trials"
-    )
-    space: dict[str, Space] = Field(min_length=1, description="keys that differ between trials")
-    metric: Literal[METRICS] = Field(  # type: ignore[valid-type]
-        OBJECTIVE, description="metric of the evaluations by which trials are judged"
-    )
-    mode: Literal["min", "max"] = Field(
-        "min", description="better end of the metric; default: as the registry of metrics says"
-    )
+    name: Name
+    """Beginning of the names of the sweep and of its runs."""
+    experiment: str = Field(min_length=1, max_length=1000)
+    """Experiment file, relative to the project's root."""
+    values: dict[str, Any] = Field({})
+    """Values of keys of the experiment, for all trials."""
+    space: dict[str, Space] = Field(min_length=1)
+    """Keys that differ between trials."""
+    metric: Literal[METRICS] = OBJECTIVE  # type: ignore[valid-type]
+    """Metric of the evaluations by which trials are judged."""
+    mode: Literal["min", "max"] = "min"
+    """Better end of the metric; default: as the registry of metrics says."""
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
-    concurrency: Positive | None = Field(
-        None, description="most trials at once; null: as many as there is room for"
-    )
-    hours: float | None = Field(
-        None, gt=0, le=1e6, description="time after which the running trials are stopped"
-    )
+    concurrency: Positive | None = None
+    """Most trials at once; null: as many as there is room for."""
+    hours: float | None = Field(None, gt=0, le=1e6)
+    """Time after which the running trials are stopped."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,9 +14,9 @@ from cvae.files.output_folder import (
     MARKER,
     check_file,
     check_folder,
-    growing_folder,
     whole_folder,
 )
+from tests.helpers.growing_folder import growing_folder
 
 
 def write(folder: Path, text: str = "new", made_by: str = "report.py") -> None:
