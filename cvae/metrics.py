@@ -47,7 +47,7 @@ class Metric(NamedTuple):
 _NATS, _BITS, _MB = "nats per image", "bits per dimension", "MB"
 # A name belongs to the first entry that it matches.
 METRICS = [
-    Metric(*fields)  # type: ignore[arg-type]
+    Metric(*fields)
     for fields in (
         # name, prefixes, unit, better end, group, meaning
         ("loss", "train val eval", _NATS, "lower", "elbo", "Reconstruction loss + β·KL"),

@@ -11,7 +11,7 @@ from tests.helpers.trained_runs import make_run
 from workflows.evaluate import main
 
 
-def test_evaluate_measures_tells_and_shows(
+def test_evaluate_measures_journals_and_shows(
     tiny_store: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run()
@@ -26,14 +26,14 @@ def test_evaluate_measures_tells_and_shows(
     assert "eval/iwae_3_bits_per_dim" in table
     assert "nats per image" in table
     assert "leave constants of the likelihood out" in table
-    told = lines(run, "evaluation")
-    assert [line["key"] for line in told] == ["val/elbo", "val/iwae-3"]
+    evaluations = lines(run, "evaluation")
+    assert [line["key"] for line in evaluations] == ["val/elbo", "val/iwae-3"]
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
     run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
     (point,) = client.get_metric_history(run_id, "eval/iwae_3")
-    assert (point.step, point.value) == (7, told[1]["metrics"]["eval/iwae_3"])
+    assert (point.step, point.value) == (7, evaluations[1]["metrics"]["eval/iwae_3"])
 
 
 def test_bad_input_is_one_line(tiny_store: Path, home: Path) -> None:

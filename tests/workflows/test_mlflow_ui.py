@@ -59,10 +59,12 @@ def test_the_default_experiment_keeps_its_files_beside_the_store(
     create_store(f"sqlite:///{home / 'mlflow.db'}")
     connection = sqlite3.connect(home / "mlflow.db")
     try:
-        found = connection.execute("select name, artifact_location from experiments").fetchall()
+        experiments = connection.execute(
+            "select name, artifact_location from experiments"
+        ).fetchall()
     finally:
         connection.close()
-    assert found == [("Default", (home / "mlruns" / "0").as_uri())]
+    assert experiments == [("Default", (home / "mlruns" / "0").as_uri())]
     assert list(elsewhere.iterdir()) == []
 
     # Filled, each of its experiments has a link, up to a number that a screen holds.

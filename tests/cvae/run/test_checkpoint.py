@@ -19,19 +19,19 @@ def snapshot(step: int) -> TrainingState:
 
 
 def newest_step(folder: Path, warnings: list[str] | None = None) -> int:
-    found = checkpoint.load_newest(folder, (warnings if warnings is not None else []).append)
-    assert found is not None
-    assert torch.equal(found.tensors["model"]["w"], torch.full((3,), float(found.state["step"])))
-    return int(found.state["step"])
+    loaded = checkpoint.load_newest(folder, (warnings if warnings is not None else []).append)
+    assert loaded is not None
+    assert torch.equal(loaded.tensors["model"]["w"], torch.full((3,), float(loaded.state["step"])))
+    return int(loaded.state["step"])
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path, pytest.fail) is None
     checkpoint.save(tmp_path, snapshot(7), keep=3, best=False)
-    found = checkpoint.load_newest(tmp_path, pytest.fail)
-    assert found is not None
-    assert found.state == {"step": 7, "best_val_loss": 1.5}
-    assert torch.equal(found.tensors["optimizer"]["m.w"], torch.zeros(3))
+    loaded = checkpoint.load_newest(tmp_path, pytest.fail)
+    assert loaded is not None
+    assert loaded.state == {"step": 7, "best_val_loss": 1.5}
+    assert torch.equal(loaded.tensors["optimizer"]["m.w"], torch.zeros(3))
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:

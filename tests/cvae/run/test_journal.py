@@ -60,7 +60,7 @@ def test_lines_are_strict_json(tmp_path: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
-def test_steps_computed_again_after_a_resume_stay_as_first_told(tmp_path: Path) -> None:
+def test_steps_computed_again_after_a_resume_stay_as_first_written(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     first = Journal(path)
     for step in range(1, 6):
@@ -75,7 +75,7 @@ def test_steps_computed_again_after_a_resume_stay_as_first_told(tmp_path: Path) 
     assert second.append("epoch", step=5, epoch=1, metrics={"val/loss": 0.0})
     assert second.append("picture", step=5, key="reconstructions", path="pictures/b.png")
     assert not second.append("picture", step=5, key="samples", path="pictures/a.png")
-    assert second.append("start", step=3), "only metrics and pictures are told once"
+    assert second.append("start", step=3), "only metrics and pictures are written once"
     losses = {r["step"]: r["metrics"]["loss"] for r in read(path)[0] if r["kind"] == "step"}
     assert losses == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: -1, 7: -1}
 
@@ -303,10 +303,10 @@ def test_kill_loses_no_line(tmp_path: Path, lines_before_kill: int) -> None:
         for _ in range(lines_before_kill):
             writer.stdout.readline()
         writer.kill()
-        told = lines_before_kill + len(writer.stdout.read().splitlines())
+        printed = lines_before_kill + len(writer.stdout.read().splitlines())
     steps = [record["step"] for record in read(path)[0]]
     assert steps == list(range(len(steps)))
-    assert len(steps) >= told
+    assert len(steps) >= printed
 
 
 def test_a_full_disk_surfaces_and_leaves_whole_lines(tmp_path: Path) -> None:

@@ -80,10 +80,10 @@ def test_two_runs_that_start_at_once_on_a_fresh_store(two_at_once: tuple[Run, Ru
     first, second = two_at_once
     home = first.path.parent.parent
     # No warning of MLflow's: beside a bar, as of runs.py sync, it would break that.
-    told = re.sub(r"(?m)^[\d-]+ [\d:,]+ ", "", first.log + second.log).splitlines()
+    lines = re.sub(r"(?m)^[\d-]+ [\d:,]+ ", "", first.log + second.log).splitlines()
     at_work = ["loading MLflow", f"mirroring to sqlite:///{home / 'mlflow.db'}"]
-    assert sorted(told) == sorted([*at_work, *at_work, f"making the store {home / 'mlflow.db'}"])
-    assert last_log_line(first.path) in told
+    assert sorted(lines) == sorted([*at_work, *at_work, f"making the store {home / 'mlflow.db'}"])
+    assert last_log_line(first.path) in lines
     assert first.run_id != second.run_id
     others = [
         ("system/cpu_utilization_percentage", 50),
@@ -376,14 +376,14 @@ def test_no_word_of_a_mirror_holds_a_password(
         sync(run.path, lambda lines: None)
     with pytest.raises(UserError, match="does not answer") as refused:
         mlflow_runs.facts(None, [])
-    told = f"{error.value} {refused.value} {open_mlflow()}"
+    texts = f"{error.value} {refused.value} {open_mlflow()}"
     if uri.startswith("http"):
         mirror, log = start_mirror(run.path), run.path / "logs" / "mlflow.log"
         wait_until(lambda: "mirroring to http://ann:***@" in log.read_text())
         mirror.finish(2)
-    told += "".join(file.read_text() for file in run.path.rglob("*.[jly]*") if file.is_file())
-    assert "hush" not in told
-    assert "***@" in told
+    texts += "".join(file.read_text() for file in run.path.rglob("*.[jly]*") if file.is_file())
+    assert "hush" not in texts
+    assert "***@" in texts
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///somewhere/mlruns"])

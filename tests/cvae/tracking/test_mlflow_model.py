@@ -89,9 +89,9 @@ def test_captions_in_images_out(
         assert shown in snippet
         snippet = snippet.replace(shown, meant)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    told: dict[str, Any] = {}
-    exec(textwrap.dedent(snippet), told)
-    assert np.array_equal(told["images"], load_run(run).draw(captions[:1], 8))
+    namespace: dict[str, Any] = {}
+    exec(textwrap.dedent(snippet), namespace)
+    assert np.array_equal(namespace["images"], load_run(run).draw(captions[:1], 8))
     assert list(Path().iterdir()) == []
     loads: list[str] = []
 

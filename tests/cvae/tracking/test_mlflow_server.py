@@ -148,8 +148,8 @@ def test_a_connection_cut_after_the_server_has_done_it(
     assert len(images(client, run)) == 2
     shown = client.get_run(run.run_id)
     assert (shown.info.status, len(shown.inputs.dataset_inputs)) == ("FINISHED", 1)
-    found = client.search_runs([shown.info.experiment_id], "attributes.run_name = 'cut'")
-    assert len(found) == 1
+    runs = client.search_runs([shown.info.experiment_id], "attributes.run_name = 'cut'")
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("way", ["address", "variables"])
