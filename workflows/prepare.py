@@ -45,57 +45,34 @@ def _parser() -> Parser:
     datasets = parser.add_subparsers(metavar="DATASET", required=True)
 
     fashion_mnist = datasets.add_parser("fashion_mnist", help="Fashion-MNIST, labelled")
-    fashion_mnist.add_argument(
-        "--source",
-        type=Path,
-        metavar="DIR",
-        help="folder of the four idx or idx.gz files (default: that of Debian's package "
-        "dataset-fashion-mnist, else a download)",
-    )
+    source = "folder of the four idx or idx.gz files (default: that of Debian's package "
+    source += "dataset-fashion-mnist, else a download)"
+    fashion_mnist.add_argument("--source", type=Path, metavar="DIR", help=source)
     fashion_mnist.set_defaults(prepare=lambda options: prepare_fashion_mnist(options.source))
 
     scenes = datasets.add_parser("scenes", help="the demo: drawn scenes with captions")
-    scenes.add_argument(
-        "--count",
-        type=positive,
-        default=TRAIN_IMAGES,
-        metavar="N",
-        help="training images; a tenth as many are for validation (default: %(default)s)",
-    )
+    count = "training images; a tenth as many are for validation (default: %(default)s)"
+    scenes.add_argument("--count", type=positive, default=TRAIN_IMAGES, metavar="N", help=count)
     _add_text(scenes, MINILM)
     scenes.set_defaults(
         prepare=lambda options: prepare_scenes(options.count, text_encoder=options.text)
     )
 
     coco = datasets.add_parser("coco", help="MS COCO with its captions")
-    coco.add_argument(
-        "--root",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder that holds annotations/, train2017/, val2017/",
-    )
-    coco.add_argument(
-        "--split", nargs="+", default=["train2017", "val2017"], metavar="FOLDER", help="of images"
-    )
+    root = "folder that holds annotations/, train2017/, val2017/"
+    coco.add_argument("--root", type=Path, required=True, metavar="DIR", help=root)
+    splits = ["train2017", "val2017"]
+    coco.add_argument("--split", nargs="+", default=splits, metavar="FOLDER", help="of images")
     coco.add_argument("--size", type=positive, default=64, help="height and width in pixels")
-    coco.add_argument(
-        "--crop",
-        action="store_true",
-        help="cut the centre square of each image instead of squeezing the whole image",
-    )
+    crop = "cut the centre square of each image instead of squeezing the whole image"
+    coco.add_argument("--crop", action="store_true", help=crop)
     _add_text(coco, "bert-base-uncased")
-    coco.add_argument(
-        "--text-precision",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the encoder's matrix products; bf16 is twice as fast on hardware that supports it",
+    precision = (
+        "of the encoder's matrix products; bf16 is twice as fast on hardware that supports it"
     )
-    coco.add_argument(
-        "--download",
-        action="store_true",
-        help="first download what --root lacks of the official archives; resumes, and checks them",
-    )
+    coco.add_argument("--text-precision", choices=["fp32", "bf16"], default="fp32", help=precision)
+    download = "first download what --root lacks of the official archives; resumes, and checks them"
+    coco.add_argument("--download", action="store_true", help=download)
     ranks = coco.add_argument_group("on several GPUs or nodes (default: in this process)")
     add_job_options(ranks, nodes=None)
     coco.set_defaults(prepare=_prepare_coco)
@@ -103,13 +80,9 @@ def _parser() -> Parser:
 
 
 def _add_text(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--text",
-        default=default,
-        metavar="ENCODER",
-        help="'minilm' (needs no network), a name on the Hugging Face hub, or a folder "
-        "(default: %(default)s)",
-    )
+    text = "'minilm' (needs no network), a name on the Hugging Face hub, or a folder "
+    text += "(default: %(default)s)"
+    parser.add_argument("--text", default=default, metavar="ENCODER", help=text)
 
 
 def _prepare_coco(options: argparse.Namespace) -> Prepared:

@@ -13,13 +13,14 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cvae.data.row_reader import LARGE, RowReader
 from cvae.data.verified_checksums import VerifiedFiles
@@ -145,15 +146,11 @@ class Split:
         """All captions in order of images, read at first use; empty for data without captions."""
         if self.caption_offsets is None:
             return []
-        try:
-            captions: list[str] = json.loads((self._folder / "captions.json").read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise self._damaged("captions.json", str(error)[:100]) from None
-        if (
-            not isinstance(captions, list)
-            or len(captions) != self._n_captions
-            or not all(isinstance(caption, str) for caption in captions)
-        ):
+        captions = None
+        with suppress(OSError, ValidationError):
+            content = (self._folder / "captions.json").read_bytes()
+            captions = TypeAdapter(list[str]).validate_json(content)
+        if captions is None or len(captions) != self._n_captions:
             raise self._damaged("captions.json", f"not {self._n_captions} captions")
         return captions
 
@@ -246,9 +243,9 @@ class Store:
         ):
             encoders = ", ".join(self.manifest.text_encoders) or "none"
             message = (
-                f"the captions of {self.path} (split {name}) are not encoded by '{text_encoder}'; "
-                f"encoders prepared: {encoders}"
+                f"the captions of {self.path} (split {name}) are not encoded by '{text_encoder}'"
             )
+            message += f"; encoders prepared: {encoders}"
             raise _error(self.path, message, "encode", text_encoder=text_encoder)
         return Split(self.path / name, self.manifest, text_encoder)
 

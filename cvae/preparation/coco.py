@@ -118,7 +118,7 @@ def _read_sources(request: CocoRequest) -> list[_Source]:
             annotations = read_annotations(request.root, folder)
             identity = {
                 "images": folder,
-                "annotations": f"captions_{folder}.json",
+                "annotations": annotations.file,
                 "annotations_sha256": annotations.sha256,
                 "info": annotations.info,
                 "resize": RESIZE[request.crop],
@@ -136,10 +136,8 @@ def _check_same(
     for name, split in manifest.splits.items():
         resize = split.source.get("resize")
         if resize != RESIZE[request.crop]:
-            raise UserError(
-                f"{path} was prepared the other way: split '{name}' is {resize}, asked for is"
-                f" {RESIZE[request.crop]}; {keep_both}"
-            )
+            difference = f"split '{name}' is {resize}, requested is {RESIZE[request.crop]}"
+            raise UserError(f"{path} was prepared the other way: {difference}; {keep_both}")
     for source in sources:
         if source.split in manifest.splits:
             old, new = manifest.splits[source.split].source, source.identity
@@ -152,7 +150,7 @@ def _check_same(
     entry = manifest.text_encoders.get(request.text_encoder)
     if entry is not None and entry.precision != request.text_precision:
         raise UserError(
-            f"{path} was encoded by '{request.text_encoder}' in {entry.precision}, asked for is"
+            f"{path} was encoded by '{request.text_encoder}' in {entry.precision}, requested is"
             f" {request.text_precision}; {keep_both}"
         )
 

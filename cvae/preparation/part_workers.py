@@ -1,7 +1,6 @@
-"""Parts of a preparation that the ranks of a job fill: on other cores, GPUs and hosts.
+"""The parts of a preparation that the ranks of a job fill, on other cores, GPUs and hosts.
 
-The preparing process holds the store's lock and writes the plan. Ranks write parts and nothing else;
-afterwards the process assembles the store from the parts.
+The preparing process locks the store, writes the plan and assembles the parts; ranks only write parts.
 """
 
 import functools
@@ -42,12 +41,11 @@ class PartPlan:
 
     def write(self) -> None:
         """Writes the plan for fill_parts; its paths must be valid on every host of the job."""
-        name = self.encoder.name
+        folder = Path(self.encoder.name)
         content = {
             "images": [{**vars(p), "images": p.images.resolve()} for p in self.images],
             "captions": [parts.folder for parts in self.captions],
-            "encoder": Path(name).resolve() if Path(name).is_dir() else name,
-            "precision": self.encoder.precision,
+            "encoder": folder.resolve() if folder.is_dir() else self.encoder.name,
             "identity": self.encoder.identity,
         }
         write_atomically(self.folder / _PLAN, json.dumps(content, default=str))
@@ -81,7 +79,7 @@ def _load_encoder(plan: dict[str, Any]) -> TextEncoder:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores())
-    encoder = load_encoder(plan["encoder"], plan["precision"])
+    encoder = load_encoder(plan["encoder"], plan["identity"]["precision"])
     if encoder.identity != {**plan["identity"], "name": encoder.name}:
         raise UserError(
             f"text encoder '{encoder.name}' on {socket.gethostname()} is not the one that the "

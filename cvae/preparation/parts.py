@@ -1,6 +1,6 @@
-"""Work that is cut into parts, so that a restart repeats unfinished parts only.
+"""Work in parts, each visible by rename once it is finished, so that a restart repeats the others only.
 
-A part becomes visible by rename once it is finished. Which process fills it changes none of its bytes.
+Which process fills a part changes none of its bytes.
 """
 
 import json
@@ -110,9 +110,8 @@ def run_parallel(function: Callable[[Task], int], tasks: Sequence[Task], bar: "t
         for done in as_completed([pool.submit(function, task) for task in tasks]):
             bar.update(done.result())
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; start again to go on"
-        ) from None
+        message = "a worker process was killed, perhaps for want of memory; start again to go on"
+        raise UserError(message) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

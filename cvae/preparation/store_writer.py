@@ -58,7 +58,7 @@ def _check_place(store: Path) -> None:
     """Raises UserError unless `store` is absent or a folder of a store or of its splits."""
     if os.path.lexists(store) and not store.is_dir():
         raise UserError(
-            f"{store} is not a folder; a prepared store would take its place: remove it first"
+            f"{store} is not a folder, but the place of a prepared store; remove it first"
         )
     names = os.listdir(store) if store.is_dir() else []
     foreign = [name for name in sorted(names) if not (store / name / "images.npy").exists()]

@@ -43,6 +43,9 @@ def filler(
             "prepare", file.parent, FILL, (plan.folder,), job_environment(CodeSnapshot().write())
         )
 
+        def write(submission: Submission) -> None:
+            paths.write_atomically(file, submission.model_dump_json())
+
         def show(submission: Submission, state: JobState) -> None:
             text = waiting_text(submission, state, "decode and encode")
             bar.set_description(text, refresh=False)
@@ -58,9 +61,7 @@ def filler(
                     show,
                     is_complete=lambda: not plan.unfinished(),
                     kept="its finished parts are kept",
-                    on_submit=lambda submission: paths.write_atomically(
-                        file, submission.model_dump_json()
-                    ),
+                    on_submit=write,
                 )
         finally:
             file.unlink(missing_ok=True)

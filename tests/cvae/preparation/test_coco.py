@@ -256,7 +256,7 @@ def test_vectors_in_bf16_are_asked_for_and_kept_apart(
     made = prepare_coco(CocoRequest(root, splits, 16, small_bert, text_precision="bf16"))
     assert made.store.manifest.text_encoders[small_bert].precision == "bf16"
     assert not prepare_coco(CocoRequest(root, splits, 16, small_bert, text_precision="bf16")).made
-    with pytest.raises(UserError, match="in bf16, asked for is fp32"):
+    with pytest.raises(UserError, match="in bf16, requested is fp32"):
         prepare_coco(CocoRequest(root, splits, 16, small_bert))
 
 
