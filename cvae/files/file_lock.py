@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -93,30 +93,26 @@ def _acquire(file: int, path: Path, lock: ExitStack) -> bool:
 
 
 def _flock(file: int) -> bool | None:
-    """Returns whether the lock was taken, or None if the file system does not support flock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return _refused(error)
-    return True
+    return _try(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
 
 
 def _byte_lock(file: int) -> bool | None:
-    """Does the same with a POSIX lock that, like flock's, belongs to the open file, not the process."""
+    """Takes a POSIX lock that, like flock's, belongs to the open file and not to the process."""
     request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    return _try(lambda: fcntl.fcntl(file, fcntl.F_OFD_SETLK, request))
+
+
+def _try(lock: Callable[[], object]) -> bool | None:
+    """Returns whether the lock was taken, or None if the file system does not support such locks."""
     try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
-    except OSError as error:
-        return _refused(error)
-    return True
-
-
-def _refused(error: OSError) -> bool | None:
-    if isinstance(error, BlockingIOError):
+        lock()
+    except BlockingIOError:
         return False
-    if error.errno in _UNSUPPORTED:
-        return None
-    raise error
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise
+    return True
 
 
 class _Owner(NamedTuple):

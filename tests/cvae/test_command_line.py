@@ -1,4 +1,4 @@
-"""Every script ends in one line, whatever streams, folders and surroundings it is given."""
+"""Every script ends with at most one line, whatever its streams, folder and environment are."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from cvae import command_line
 from cvae.errors import UserError, cut, one_line, shown
 from tests.conftest import PROJECT_ROOT
 
-# A script of ours in miniature: it starts in a tenth of the others' time.
+# A miniature script, which starts in a tenth of the time of a real one.
 _SCRIPT = """
 import os, sys
 from cvae import command_line; from cvae.files import paths
@@ -65,7 +65,7 @@ def _run(
         ("home", "", {"CVAE_HOME": "/dev/null/x"}, 2, "error: Not a directory: /dev/null/x"),
     ],
 )
-def test_every_end_is_one_line(
+def test_a_script_ends_with_at_most_one_line(
     tmp_path: Path,
     words: str,
     redirect: str,
@@ -81,7 +81,7 @@ def test_every_end_is_one_line(
     assert len(ended.stderr) <= 420
 
 
-def test_a_deleted_folder_is_one_line(tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_reported_in_one_line(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     (tmp_path / "script.py").write_text(_SCRIPT)
@@ -102,12 +102,12 @@ def test_a_module_that_hides_another_is_named(tmp_path: Path, module: str) -> No
         timeout=60,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
-    assert ended.returncode == 2 or module == "types"  # without which nothing at all runs
+    assert ended.returncode == 2 or module == "types"  # without it Python itself does not start
     assert f"{module}.py" in ended.stderr
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "x", "²", "٣", "9" * 5000, "2147483648"])
-def test_what_is_no_positive_number_is_one_short_line(text: str) -> None:
+def test_a_value_that_is_no_positive_number_is_reported_in_one_short_line(text: str) -> None:
     parser = command_line.Parser(prog="x")
     parser.add_argument("-n", type=command_line.positive)
     with pytest.raises(UserError, match="above 0") as caught:
@@ -124,6 +124,6 @@ def test_no_value_is_too_large_or_too_deep_to_be_shown() -> None:
     assert one_line("a\n\x1b[31m b" + "\x07" * 500) == one_line("a \\x1b[31m b" + "\x07" * 500)
     assert len(one_line("\x07" * 500)) == 400
     assert cut("abcdef", 4) == "ab…f"
-    # Its nesting would overflow the stack when it is freed all at once.
+    # Freeing it all at once would overflow the stack.
     while deep:
         deep = deep.pop()  # type: ignore[assignment]

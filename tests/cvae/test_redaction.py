@@ -51,18 +51,20 @@ def test_a_uri_is_shown_without_its_password(uri: str, shown: str) -> None:
         "ann@host: a note at 12:30",
     ],
 )
-def test_what_has_no_password_stays(text: str) -> None:
+def test_a_text_without_password_is_unchanged(text: str) -> None:
     assert without_password(text) == text
 
 
-def test_words_of_a_library_that_quote_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_secrets_are_masked_in_a_librarys_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:one%40two/three@host?token=four4")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "five5")
-    said = "no port 'one%40two', 'one@two', host three@host, four4 and five5; threesome"
-    assert without_secrets(said) == "no port '***', '***', host ***@host, *** and ***; threesome"
+    message = "no port 'one%40two', 'one@two', host three@host, four4 and five5; threesome"
+    assert without_secrets(message) == "no port '***', '***', host ***@host, *** and ***; threesome"
 
 
-def test_logs_warnings_and_tracebacks() -> None:
+def test_logs_warnings_and_tracebacks_are_masked() -> None:
     program = f"""
 import logging, os, warnings
 from cvae.redaction import guard_output
@@ -78,13 +80,13 @@ except ValueError:
 raise RuntimeError("port '{SECRET}'")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    told = done.stdout + done.stderr.replace(f'warnings.warn("of {SECRET}")', "")
+    output = done.stdout + done.stderr.replace(f'warnings.warn("of {SECRET}")', "")
     assert done.returncode == 1
-    assert SECRET not in told
+    assert SECRET not in output
     for words in (
         "asks http://ann:***@host",
         "of ***",
         "ValueError: ***",
         "RuntimeError: port '***'",
     ):
-        assert words in told
+        assert words in output

@@ -1,4 +1,4 @@
-"""sweep.py as a process, and what it has written."""
+"""Runs sweep.py as a process and reads the trials that it has written."""
 
 import subprocess
 import sys

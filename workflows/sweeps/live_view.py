@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -46,15 +47,13 @@ def follow(sweep: SweepDirectory) -> int:
     """
     screen = _Screen(sweep)
     try:
-        job = _watch(sweep, screen)
+        job = screen.watch()
     except KeyboardInterrupt:
-        screen.close()
         print(f"\ndetached: {sweep.name} goes on.")
         come_back = f"python workflows/sweep.py --resume {sweep.name}"
         stop = f"python workflows/sweep.py --cancel {sweep.name}"
         print(aligned([("come back", come_back), ("stop it", stop)]))
         return DETACHED
-    screen.close()
     trials = sweep.trials()
     Console().print(table(sweep.sweep(), trials))
     print(ending(sweep, trials, job))
@@ -65,34 +64,29 @@ def follow(sweep: SweepDirectory) -> int:
     return STOPPED if stopped or job.slurm_state == "CANCELLED" else FAILED
 
 
-def _watch(sweep: SweepDirectory, screen: "_Screen") -> JobState:
-    asked_at = -float("inf")
-    while True:
-        if time.monotonic() - asked_at > _JOB_POLL_S:
-            # The job is looked up before the trials are read, so that none of its last updates is missed.
-            asked_at, job = time.monotonic(), job_state.look(sweep.submissions()[-1])
-        screen.show(sweep.trials(), job)
-        if job.phase == "ended":
-            return job
-        time.sleep(_POLL_S)
-
-
 class _Screen:
     def __init__(self, sweep: SweepDirectory):
         self.sweep, self.settings = sweep, sweep.sweep()
         self.epochs = sweep.experiment().training.epochs
         self.began = time.monotonic()
         self.initial_share: float | None = None
-        self.live = Live(console=Console(), refresh_per_second=2) if sys.stdout.isatty() else None
-        if self.live is not None:
-            self.live.start()
+        self.live = Live(console=Console(), refresh_per_second=2, transient=True)
         self.reported: dict[int, str] = {}
         self.line_at = 0.0
 
-    def close(self) -> None:
-        if self.live is not None:
-            self.live.update(Text(""))
-            self.live.stop()
+    def watch(self) -> JobState:
+        """Shows the sweep until its job ends, and returns the job's state then."""
+        asked_at = -float("inf")
+        with self.live if sys.stdout.isatty() else nullcontext():
+            while True:
+                if time.monotonic() - asked_at > _JOB_POLL_S:
+                    # Before the trials are read, so that none of the job's last updates is missed.
+                    job = job_state.look(self.sweep.submissions()[-1])
+                    asked_at = time.monotonic()
+                self.show(self.sweep.trials(), job)
+                if job.phase == "ended":
+                    return job
+                time.sleep(_POLL_S)
 
     def show(self, trials: list[Trial], job: JobState) -> None:
         # Of all epochs that may be trained; a trial that has ended needs no more.
@@ -101,7 +95,7 @@ class _Screen:
         if self.initial_share is None:
             self.initial_share = share
         line = self._line(trials, share, share - self.initial_share, job)
-        if self.live is not None:
+        if self.live.is_started:
             bar = ProgressBar(total=1.0, completed=share, width=50)
             rows = max(4, self.live.console.height - 6)
             self.live.update(Group(table(self.settings, trials, rows), bar, Text(line)))

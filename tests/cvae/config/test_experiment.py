@@ -1,4 +1,4 @@
-"""Experiments: what is read is what is meant, and what is wrong is said in one line."""
+"""Experiment files: values and overrides are read, and every mistake is reported in one line."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_overrides_win_and_are_read_as_yaml(file: Path) -> None:
         ("model.latent_dim=[", "the value is not valid YAML"),
     ],
 )
-def test_a_wrong_override_is_one_line(file: Path, override: str, expected: str) -> None:
+def test_a_wrong_override_is_reported_in_one_line(file: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load_experiment(file, [override])
     assert expected in str(caught.value)
@@ -117,7 +117,9 @@ def test_a_wrong_override_is_one_line(file: Path, override: str, expected: str) 
         ("name: x\n", "data: missing (and 3 more)"),
     ],
 )
-def test_a_wrong_file_is_one_line_with_its_place(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_wrong_file_is_reported_in_one_line_with_its_place(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -127,7 +129,7 @@ def test_a_wrong_file_is_one_line_with_its_place(tmp_path: Path, text: str, expe
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_key_is_named_with_its_line(file: Path) -> None:
+def test_a_wrong_key_is_reported_with_its_line(file: Path) -> None:
     lines = file.read_text().replace("backbone: mlp", "backbnoe: mlp").splitlines()
     file.write_text("\n".join(lines))
     number = next(n for n, line in enumerate(lines, 1) if "backbnoe" in line)
@@ -135,13 +137,13 @@ def test_a_wrong_key_is_named_with_its_line(file: Path) -> None:
         load_experiment(file)
 
 
-def test_a_missing_file_names_those_there_are(file: Path) -> None:
+def test_a_missing_file_is_reported_with_the_existing_ones(file: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; there are tiny\.yaml"):
         load_experiment(file.with_name("tyni.yaml"))
 
 
 def test_every_name_of_the_schema_is_built() -> None:
-    """A backbone, fusion or likelihood in the schema without a line in its table, or the other way round."""
+    """The schema and the tables of backbones, fusions, likelihoods and priors have the same names."""
     for field, table in (
         ("backbone", HALVINGS),
         ("fusion", FUSIONS),

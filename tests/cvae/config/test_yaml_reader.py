@@ -1,4 +1,4 @@
-"""YAML: what is read is what stands there, and what is more than plain data is one short line."""
+"""YAML: values are read as they are written, and anything but plain data is refused in one short line."""
 
 import math
 import os
@@ -58,7 +58,7 @@ def _load(folder: Path, content: str | bytes, overrides: tuple[str, ...] = ()) -
         ("|\n  a\n  b\n", "a\nb\n"),
     ],
 )
-def test_a_value_is_what_it_looks_like(tmp_path: Path, text: str, value: object) -> None:
+def test_a_value_is_read_as_it_is_written(tmp_path: Path, text: str, value: object) -> None:
     assert _load(tmp_path, f"value: {text}").value == value
     assert _load(tmp_path, "{}", (f"value={text}",)).value == value
 
@@ -93,7 +93,9 @@ def test_a_value_is_what_it_looks_like(tmp_path: Path, text: str, value: object)
         ("a\u2028b", "U+2028 is not allowed"),
     ],
 )
-def test_more_than_plain_data_is_one_short_line(tmp_path: Path, value: str, expected: str) -> None:
+def test_anything_but_plain_data_is_refused_in_one_short_line(
+    tmp_path: Path, value: str, expected: str
+) -> None:
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
         _load(tmp_path, f"value: {value}\n")
@@ -133,7 +135,9 @@ def test_nested_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
         ("# nothing", "it holds nothing"),
     ],
 )
-def test_a_wrong_type_is_one_short_line(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_wrong_type_is_reported_in_one_short_line(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     with pytest.raises(UserError) as caught:
         _load(tmp_path, text)
     message = str(caught.value).removeprefix(str(tmp_path))
@@ -151,7 +155,7 @@ def test_a_wrong_type_is_one_short_line(tmp_path: Path, text: str, expected: str
         (b"# " + b"x" * 1_000_000, "larger than 1 MB"),
     ],
 )
-def test_bytes_that_are_no_text(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path, content: bytes, expected: str) -> None:
     with pytest.raises(UserError, match=expected.replace("+", r"\+")):
         _load(tmp_path, content)
 
@@ -165,7 +169,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_read(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "name", ["folder", "pipe", "loop", "n" * 300, "a\0b", "zero", "file/below"]
 )
-def test_what_is_no_file_is_one_line(tmp_path: Path, name: str) -> None:
+def test_anything_but_a_readable_file_is_a_user_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")

@@ -19,7 +19,7 @@ import pytest
 from cvae.files import file_lock as module
 from cvae.files.file_lock import Locked, file_lock, has_flock
 
-# A file system without flock, without any locks of the kernel, or with both: what a process does first.
+# The code that makes a process see a file system with flock, without flock, or without any kernel locks.
 SITES = {
     "flock": "",
     "bytes": "fcntl.flock = refuse",
@@ -36,7 +36,7 @@ with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-# Each adds 1 as often as it gets the lock; a sum that is too small shows that two held it at once.
+# Each process adds 1 whenever it gets the lock; a sum that is too small shows that two held it at once.
 COUNT = """
 from cvae.files.file_lock import file_lock
 number = Path(sys.argv[1]).with_name("number")
@@ -89,7 +89,7 @@ def is_free(path: Path) -> bool:
         return False
 
 
-def test_one_process_holds_a_lock_and_its_death_frees_it(site: str, tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_and_ends_with_its_process(site: str, tmp_path: Path) -> None:
     path = tmp_path / "train.lock"
     with holder(site, path) as process:
         assert not is_free(path)
@@ -99,7 +99,7 @@ def test_one_process_holds_a_lock_and_its_death_frees_it(site: str, tmp_path: Pa
     assert os.listdir(tmp_path) == ["train.lock"]
 
 
-def test_one_thread_holds_a_lock_and_another_waits_for_it(site: str, tmp_path: Path) -> None:
+def test_a_thread_waits_for_the_lock_of_another_thread(site: str, tmp_path: Path) -> None:
     path, order = tmp_path / "lock", []
 
     def wait() -> None:
@@ -107,7 +107,7 @@ def test_one_thread_holds_a_lock_and_another_waits_for_it(site: str, tmp_path: P
             order.append("second")
 
     with file_lock(path):
-        # To open and close the file takes a POSIX lock from its process, were it the process's.
+        # Opening and closing the file would release a POSIX lock that belongs to the process.
         path.read_bytes()
         assert not is_free(path)
         began = time.monotonic()
@@ -122,7 +122,7 @@ def test_one_thread_holds_a_lock_and_another_waits_for_it(site: str, tmp_path: P
     assert order == ["first", "second"]
 
 
-def test_of_many_processes_one_at_a_time_is_inside(site: str, tmp_path: Path) -> None:
+def test_only_one_of_many_processes_holds_the_lock_at_a_time(site: str, tmp_path: Path) -> None:
     (tmp_path / "number").write_text("0")
     processes = [program(site, COUNT, tmp_path / "lock") for _ in range(3)]
     for process in processes:
@@ -165,16 +165,16 @@ def test_a_folder_can_be_locked(site: str, tmp_path: Path) -> None:
             lambda here: here._replace(began="1"),
             10,
             True,
-        ),  # the number was given to another process
+        ),  # another process has its number now
         (
             lambda here: here,
             1000,
             False,
-        ),  # this process lives, however long ago it touched its file
+        ),  # this process is alive, however old its file is
     ],
 )
 @pytest.mark.parametrize("site", ["files"], indirect=True)
-def test_the_file_of_a_process_that_is_gone_does_not_count(
+def test_the_file_of_a_process_that_has_ended_does_not_count(
     site: str, tmp_path: Path, owner: Callable[[Any], Any], age_s: float, free: bool
 ) -> None:
     file = tmp_path / f"lock.held,{owner(module._Owner.new()).name}"
@@ -185,7 +185,7 @@ def test_the_file_of_a_process_that_is_gone_does_not_count(
 
 
 @pytest.mark.parametrize("site", ["files"], indirect=True)
-def test_a_holder_shows_other_hosts_that_it_lives(
+def test_a_holder_shows_other_hosts_that_it_is_alive(
     site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_TOUCH_EVERY_S", 0.02)

@@ -1,4 +1,4 @@
-"""What a command may replace: every kind of thing that can be in an output's way."""
+"""What a command may replace, tried with every kind of file that an output can meet."""
 
 import os
 import socket
@@ -51,7 +51,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_others_is_replaced(home: Path, kind: str) -> None:
+def test_files_of_others_are_not_replaced(home: Path, kind: str) -> None:
     path = home / "there" / "out"
     path.parent.mkdir()
     try:
@@ -75,7 +75,7 @@ def test_nothing_of_others_is_replaced(home: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "name", [".", "..", "/", "~", "runs", "data", "/proc", "file/out", "x" * 300, "a\0b"]
 )
-def test_places_that_an_output_never_takes(
+def test_an_output_never_replaces_these_folders(
     home: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     (home / "file").write_text("mine")
@@ -90,7 +90,7 @@ def test_places_that_an_output_never_takes(
         check_folder(paths.PROJECT_ROOT, "report.py")
 
 
-def test_own_output_is_replaced_and_of_that_command_alone(home: Path) -> None:
+def test_a_command_replaces_only_its_own_output(home: Path) -> None:
     out = home / "deep" / "out"
     write(out, "old")
     write(out)
@@ -105,7 +105,7 @@ def test_own_output_is_replaced_and_of_that_command_alone(home: Path) -> None:
     assert (out / "deep" / "notes").read_text() == "mine"
 
 
-def test_what_comes_in_the_way_meanwhile_stays(home: Path) -> None:
+def test_a_file_that_appears_meanwhile_is_kept(home: Path) -> None:
     out = home / "out"
 
     def interrupted() -> None:
@@ -126,10 +126,10 @@ def test_what_comes_in_the_way_meanwhile_stays(home: Path) -> None:
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_killed_at_any_rename_old_or_new_is_whole(
+def test_after_a_kill_at_any_rename_the_old_or_the_new_folder_is_whole(
     home: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
-    """Killed just before each step in turn; the next start then ends well, and leaves nothing."""
+    """Killed just before each rename in turn; the next call succeeds and leaves nothing else."""
     out = home / "there" / "out"
     rename = os.rename
     if not exchanges:
@@ -164,7 +164,7 @@ def test_killed_at_any_rename_old_or_new_is_whole(
         assert os.listdir(out.parent) == ["out"]
 
 
-def test_one_writes_at_a_time(home: Path) -> None:
+def test_only_one_process_writes_at_a_time(home: Path) -> None:
     with whole_folder(home / "out", "report.py") as nascent:
         (nascent / "page").write_text("first")
         with pytest.raises(UserError, match="being written by another process"):
@@ -179,7 +179,7 @@ def grow(folder: Path, then: Callable[[], object] = lambda: None) -> None:
         os.stat(path / "second round")
 
 
-def test_a_growing_folder_is_its_commands_own_however_it_ends(home: Path) -> None:
+def test_a_growing_folder_belongs_to_its_command_however_it_ends(home: Path) -> None:
     folder = home / "out"
     with pytest.raises(UserError, match="another process"):
         grow(folder, then=lambda: grow(folder))

@@ -1,4 +1,4 @@
-"""A place for sweeps."""
+"""A machine for sweeps."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def place(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with tiny data, on a machine where no SLURM answers."""
+    """A home with tiny data, on a machine without a SLURM controller."""
     home = tiny_store.parent.parent
     scontrol = home / "bin" / "scontrol"
     scontrol.parent.mkdir()

@@ -1,4 +1,4 @@
-"""A sweep of which everything is killed; in a file of its own, as it takes long."""
+"""A sweep all of whose processes are killed; in a file of its own because it takes long."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(280)
 
 
 def test_a_killed_sweep_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything is killed in mid-sweep; resumed, its trials end as undisturbed runs."""
+    """After a kill and a resume, its trials end with the results of undisturbed runs."""
     space = {"model.latent_dim": {"grid": [2, 3, 4]}}
     file = write(place, space, training={"epochs": 300, "eval_every": 100, "log_every": 50})
     process = start(file, "--name", "killed")
@@ -44,7 +44,7 @@ def test_a_killed_sweep_goes_on(place: Path, capsys: pytest.CaptureFixture[str])
     for run, text in journals.items():
         assert (place / "runs" / run / "journal.jsonl").read_bytes() == text
 
-    # A trial is a run: trained by itself, it finds the same.
+    # A trial is a run: trained alone, it has the same results.
     undisturbed = {
         run: RunDirectory.create(f"undisturbed-{run}", RunDirectory.open(run).experiment())
         for run in after
@@ -64,7 +64,7 @@ def _trials_so_far(name: str) -> list[Trial]:
 
 
 def _kill_everything(sweep: SweepDirectory) -> None:
-    """The job, the driver, Ray; the trials' own processes are left to notice it."""
+    """Kills the job, the driver and Ray; the trials' own processes end when they notice it."""
     controller = psutil.Process(sweep.submissions()[-1].pid)
     for process in [controller, *controller.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""A sweep in MLflow whose mirror could not finish; and who may hand a sweep over."""
+"""A sweep whose mirror could not finish, and the locks of a sweep."""
 
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +23,7 @@ SPACE = {"name": "s", "experiment": "tiny.yaml", "space": {"seed": {"grid": [1, 
 
 @pytest.fixture
 def finished(tiny_store: Path) -> SweepDirectory:
-    """A sweep of two trials, of which MLflow knows nothing."""
+    """A sweep of two finished trials that is not in MLflow."""
     experiment = Experiment.model_validate(tiny_experiment())
     sweep = SweepDirectory.create("s", Sweep.model_validate(SPACE), experiment)
     names = ["s-00", "s-01"]
@@ -39,14 +39,14 @@ def finished(tiny_store: Path) -> SweepDirectory:
     return sweep
 
 
-def test_sync_brings_a_sweep_with_its_parent(
+def test_sync_writes_a_sweep_and_its_parent(
     finished: SweepDirectory, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert mirror.behind(finished) == 3
     assert runs.main(["sync", "s"]) == 0
     assert "MLflow has all of s: 2 trials" in capsys.readouterr().out
     assert mirror.behind(finished) == 0
-    # A trial's run, too, is brought below its sweep's parent.
+    # A trial's run is found to belong to its sweep, whose parent it gets.
     assert [getattr(mirror.sweep_of(run), "name", None) for run in ("s-01", "other")] == ["s", None]
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(finished.experiment().name)
@@ -70,7 +70,7 @@ def test_a_mirror_at_work_is_left_alone(
         mirror.sync(finished)
 
 
-def test_one_process_at_a_time_hands_a_sweep_over(finished: SweepDirectory) -> None:
+def test_only_one_process_submits_a_sweep(finished: SweepDirectory) -> None:
     with (
         file_lock(finished.path / "launch.lock"),
         pytest.raises(UserError, match="s is being launched, resumed or cancelled by another"),

@@ -1,4 +1,4 @@
-"""Sweep files: what is wrong with one is said in one line before anything starts."""
+"""Sweep files: every mistake is reported in one line before anything starts."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_overrides_reach_the_sweep_or_the_experiment_and_pin_keys(tmp_path: Path
         load_sweep(file, ["model.latent_dim=8", "seed=1", "optimizer.lr=1"], tmp_path)
 
 
-def test_combinations_that_cannot_be_are_told_and_not_refused(tmp_path: Path) -> None:
+def test_impossible_combinations_are_reported_but_not_refused(tmp_path: Path) -> None:
     space = {
         "model.backbone": {"grid": ["mlp", "conv"]},
         "model.latent": {"grid": ["vector", "spatial"]},

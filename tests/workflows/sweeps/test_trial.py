@@ -1,4 +1,4 @@
-"""Parts of a trial without Ray: its values, the names of its runs, a run that takes over another's weights."""
+"""Parts of a trial without Ray: its values, the names of its runs, and forks."""
 
 import os
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_the_best_trial_is_never_a_failed_one() -> None:
 
 
 @pytest.mark.usefixtures("tiny_store")
-def test_a_fork_begins_from_the_other_runs_weights_and_is_made_once(home: Path) -> None:
+def test_a_fork_begins_from_another_runs_weights_and_is_created_once(home: Path) -> None:
     origin = make_run("origin")
     faster = origin.experiment().model_copy(update={"seed": 5})
     run = fork(origin, 7, "trial", faster)
@@ -48,13 +48,13 @@ def test_a_fork_begins_from_the_other_runs_weights_and_is_made_once(home: Path) 
     assert step == 7
     assert all((mine[name] == weight).all() for name, weight in theirs.items())
     assert fork(origin, 7, "trial", faster).path == run.path
-    # Killed while it copied: the next attempt copies again.
+    # It was killed while it copied the checkpoint: the next attempt copies it again.
     (run.checkpoints / "step-00000007").rename(run.checkpoints / ".step-00000007.new")
     assert fork(origin, 7, "trial", faster).path == run.path
     assert checkpoint.load_weights(run.checkpoints, print)[1] == 7
     other = faster.model_copy(update={"seed": 6})
     assert fork(origin, 7, "trial", other).path != run.path
-    # The step that was asked for is gone: the newest.
+    # The requested step was removed: the fork begins from the newest one.
     assert checkpoint.steps(fork(origin, 3, "late", other).checkpoints) == checkpoint.steps(
         origin.checkpoints
     )
