@@ -184,10 +184,7 @@ def _captions(
         if type(number) is not int or type(image_id) is not int:
             fault = f"a caption has no whole numbers as id and image_id: {str(annotation)[:80]!r}"
             raise UserError(f"{path}: {fault}")
-        caption = annotation.get("caption")
-        # White space has no meaning, and lone surrogates, which JSON can spell, are not Unicode.
-        text = caption.encode("utf-8", "replace").decode() if isinstance(caption, str) else ""
-        text = " ".join(text.split())
+        text = _clean(annotation.get("caption"))
         if image_id not in names:
             reason = f"caption {number} is of image {image_id}, which is not listed"
         elif number in taken:
@@ -200,3 +197,9 @@ def _captions(
             continue
         skipped.append(Skipped(file=names.get(image_id, path.name), reason=reason))
     return captions, skipped
+
+
+def _clean(caption: Any) -> str:
+    """Returns a caption without superfluous white space and lone surrogates; "" if it is no text."""
+    text = caption if isinstance(caption, str) else ""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
