@@ -2,10 +2,12 @@
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
@@ -129,3 +131,10 @@ def build_model(model: experiment.Model, shape: ImageShape, condition_dim: int, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Cvae(model, shape, condition_dim)
+
+
+def flops(step: Callable[[], object]) -> int:
+    """Returns the floating point operations of matrix products and convolutions in a step, both passes."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())

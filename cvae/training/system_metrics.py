@@ -6,16 +6,31 @@ opens none, and reports every GPU of the host.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import psutil
 import torch
 
-from cvae.distributed.device import memory
+from cvae.distributed.device import Memory, memory
 
-Questions = dict[str, Callable[[], float]]
 _INTERVAL_S = 10.0
+Questions = Mapping[str, Callable[..., float]]
+_HOST: Questions = {
+    "cpu_utilization_percentage": lambda before: psutil.cpu_percent(),
+    "system_memory_usage_percentage": lambda before: psutil.virtual_memory().percent,
+    "system_memory_usage_megabytes": lambda before: psutil.virtual_memory().used / 1e6,
+    "process_memory_megabytes": lambda before: psutil.Process().memory_info().rss / 1e6,
+    "network_receive_megabytes": lambda before: (_network()[0] - before[0]) / 1e6,
+    "network_transmit_megabytes": lambda before: (_network()[1] - before[1]) / 1e6,
+}
+_GPU: Questions = {
+    "utilization_percentage": lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+    "memory_usage_percentage": lambda nvml, gpu: _used(nvml.nvmlDeviceGetMemoryInfo(gpu)),
+    "power_usage_watts": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+}
+_OWN_GPU: Questions = {"memory_usage_percentage": lambda device: _used(memory(device))}
 
 
 class SystemMetrics:
@@ -26,7 +41,7 @@ class SystemMetrics:
         self._due = time.monotonic()
         self._before: tuple[int, int] | None = None
         with suppress(Exception):
-            self._before = _network_bytes()
+            self._before = _network()
         with suppress(Exception):
             psutil.cpu_percent()  # the first call has nothing to compare with
 
@@ -38,16 +53,7 @@ class SystemMetrics:
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + _INTERVAL_S
-        host: Questions = {
-            "cpu_utilization_percentage": psutil.cpu_percent,
-            "system_memory_usage_percentage": lambda: psutil.virtual_memory().percent,
-            "system_memory_usage_megabytes": lambda: psutil.virtual_memory().used / 1e6,
-            "process_memory_megabytes": lambda: psutil.Process().memory_info().rss / 1e6,
-        }
-        if (before := self._before) is not None:
-            host["network_receive_megabytes"] = lambda: (_network_bytes()[0] - before[0]) / 1e6
-            host["network_transmit_megabytes"] = lambda: (_network_bytes()[1] - before[1]) / 1e6
-        return _answers("system/", host) | gpu_metrics(self._device)
+        return _answers("system/", _HOST, self._before) | gpu_metrics(self._device)
 
 
 def gpu_metrics(device: torch.device) -> dict[str, float]:
@@ -57,50 +63,38 @@ def gpu_metrics(device: torch.device) -> dict[str, float]:
     try:
         return _nvml_metrics()
     except Exception:  # not installed, no driver, a driver of another version
-
-        def used_percentage() -> float:
-            free, total = memory(device)
-            return 100 * (1 - free / total)
-
-        own: Questions = {"memory_usage_percentage": used_percentage}
-        return _answers(f"system/gpu_{device.index or 0}_", own)
+        return _answers(f"system/gpu_{device.index or 0}_", _OWN_GPU, device)
 
 
 def _nvml_metrics() -> dict[str, float]:
     import pynvml as nvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-    def of_gpu(index: int) -> dict[str, float]:
-        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-
-        def used_percentage() -> float:
-            memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
-            return 100 * float(memory.used / memory.total)
-
-        questions: Questions = {
-            "utilization_percentage": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "memory_usage_percentage": used_percentage,
-            "power_usage_watts": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-        }
-        return _answers(f"system/gpu_{index}_", questions)
-
     nvml.nvmlInit()
     try:
-        gpus = map(of_gpu, range(nvml.nvmlDeviceGetCount()))
-        return dict(item for metrics in gpus for item in metrics.items())
+        metrics: dict[str, float] = {}
+        for index in range(nvml.nvmlDeviceGetCount()):
+            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+            metrics |= _answers(f"system/gpu_{index}_", _GPU, nvml, gpu)
+        return metrics
     finally:
         nvml.nvmlShutdown()
 
 
-def _answers(prefix: str, questions: Questions) -> dict[str, float]:
+def _answers(prefix: str, questions: Questions, *arguments: Any) -> dict[str, float]:
     """Returns the answers by prefixed name; a question that raises is left out."""
     answers = {}
     for name, ask in questions.items():
         with suppress(Exception):
-            answers[prefix + name] = float(ask())
+            answers[prefix + name] = float(ask(*arguments))
     return answers
 
 
-def _network_bytes() -> tuple[int, int]:
+def _used(memory: Memory) -> float:
+    """Returns the used percentage of a GPU's memory."""
+    return 100 * (1 - memory.free / memory.total)
+
+
+def _network() -> tuple[int, int]:
     """Returns the bytes that this host has received and sent since it started, without its loopback."""
     counters = psutil.net_io_counters(pernic=True)
     outside = [count for name, count in counters.items() if not name.startswith("lo")]

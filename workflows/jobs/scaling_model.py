@@ -85,7 +85,7 @@ def flops_per_image(model: "Cvae") -> float:
     """Returns the floating point operations of a training step, per image. model: see meta_model()."""
     import torch
 
-    from cvae.models.flops import flops
+    from cvae.models.cvae import flops
 
     with torch.device("meta"):
         images = torch.zeros(1, *model.shape, dtype=torch.uint8)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cvae.distributed import precision
-from cvae.models.flops import flops
+from cvae.models.cvae import flops
 
 Step = Callable[[], object]
 _WARM_UP = 4  # allocations, threads' start, compilation

@@ -49,7 +49,7 @@ def test_nvml_tells_of_every_gpu_of_the_host(monkeypatch: pytest.MonkeyPatch) ->
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetUtilizationRates=utilization,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3, total=4),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3, free=1, total=4),
         nvmlDeviceGetPowerUsage=lambda handle: 250_500,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
