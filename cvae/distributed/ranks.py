@@ -98,12 +98,12 @@ class Ranks:
         except UserError as error:
             own_error = error
         answers = self.gather((socket.gethostname(), own_error))
-        errors = [(host, error) for host, error in answers if error is not None]
-        if errors:
-            host, error = errors[0]
-            if len(errors) < len(answers):
-                error.args = (f"{host}: {error}",)
-            raise error
+        failed = [(host, refusal) for host, refusal in answers if refusal is not None]
+        if failed:
+            host, refusal = failed[0]
+            if len(failed) < len(answers):
+                refusal.args = (f"{host}: {refusal}",)
+            raise refusal
         return result  # type: ignore[return-value]
 
 
