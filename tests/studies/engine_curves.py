@@ -39,8 +39,9 @@ _ENGINES = {"DDP": None, "ZeRO 0": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
 def plain(engine: str, likelihood: str = "bernoulli", **training: Any) -> dict[str, Any]:
     """The tiny experiment under an engine of _ENGINES, with averaged weights and clipped gradients."""
     stage = _ENGINES[engine]
-    asked = {"engine": "ddp"} if stage is None else {"engine": "deepspeed"}
-    chosen = asked if stage is None else {**asked, "deepspeed": {"zero_stage": stage}}
+    chosen: dict[str, Any] = {"engine": "ddp"}
+    if stage is not None:
+        chosen = {"engine": "deepspeed", "deepspeed": {"zero_stage": stage}}
     options = {"epochs": 1000, "ema_decay": 0.9, "precision": "fp32", **chosen, **training}
     experiment = tiny_experiment(**options)
     experiment["optimizer"] |= {"clip_norm": 5.0, "warmup_steps": 5, "weight_decay": 0.01}
@@ -65,35 +66,35 @@ def run_jobs(
 ) -> dict[str, dict[str, Any]]:
     """Trains them on real ranks; {name: {"losses", "norms", "val"}}. Fails with what a rank printed."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    results = folder / "results.json"
-    results.unlink(missing_ok=True)
+    file = folder / "results.json"
+    file.unlink(missing_ok=True)
     arguments = ["-m", "tests.studies.engine_curves", "ranks", str(folder)]
-    said = processes.finish(processes.start_python(arguments, world_size), patience_s=900)
-    assert results.exists(), "\n".join(said)
-    found = json.loads(results.read_text())
-    found["said"] = "".join(said)
-    return found
+    outputs = processes.finish(processes.start_python(arguments, world_size), patience_s=900)
+    assert file.exists(), "\n".join(outputs)
+    results = json.loads(file.read_text())
+    results["output"] = "".join(outputs)
+    return results
 
 
 def _rank(folder: Path) -> None:
     results = {}
     with connect() as ranks:
-        for asked in json.loads((folder / "jobs.json").read_text()):
-            results[asked["name"]] = _train(folder, asked, ranks)
+        for one in json.loads((folder / "jobs.json").read_text()):
+            results[one["name"]] = _train(folder, one, ranks)
         if ranks.is_first:
             (folder / "results.json").write_text(json.dumps(results))
 
 
-def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    experiment = Experiment.model_validate(asked["experiment"])
+def _train(folder: Path, task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    experiment = Experiment.model_validate(task["experiment"])
     # A CPU can do fp16, slowly: what matters here, the loss scale, is the same there.
     precision.resolve = lambda wanted, device: wanted
     training = experiment.training
     data = open_data(experiment)
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
     engine = build_engine(model, experiment, ranks)
-    if "load" in asked:
-        engine.restore(load(folder / asked["load"]))
+    if "load" in task:
+        engine.restore(load(folder / task["load"]))
     batch_size = training.global_batch_size
     order = BatchOrder(experiment.seed, data.train_rows, batch_size, model.latent_shape)
     losses, norms = [], []
@@ -104,7 +105,7 @@ def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             data, data.train, order.batch(step), share, training.micro_batch_size, ranks.device
         )
 
-    engine.settle(batch(asked["start"]))
+    engine.settle(batch(task["start"]))
     spoilt: list[float] = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
@@ -114,23 +115,23 @@ def _train(folder: Path, asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         gradient.view(-1)[0] = spoilt.pop()
         return gradient
 
-    if "spoil" in asked:
+    if "spoil" in task:
         next(model.parameters()).register_hook(spoil)
-    for step in range(asked["start"], asked["stop"]):
+    for step in range(task["start"], task["stop"]):
         lr = learning_rate(experiment.optimizer, step, 1000)
         for rank, value in zip(
-            (0, ranks.world_size - 1), asked.get("spoil", {}).get(str(step), ()), strict=False
+            (0, ranks.world_size - 1), task.get("spoil", {}).get(str(step), ()), strict=False
         ):
             spoilt[:] = [value] if ranks.rank == rank else spoilt
         sums = engine.step(batch(step), lr, kl_weight(experiment.model, step))
         losses.append(float(ranks.sum(sums[:3].clone())[2]))
         norms.append(float(sums[3]))
     val = evaluate_elbo(engine.eval_model, data, data.val, experiment, ranks)
-    snapshot = engine.snapshot({"step": asked["stop"]})
-    if "save" in asked and ranks.is_first:
+    snapshot = engine.snapshot({"step": task["stop"]})
+    if "save" in task and ranks.is_first:
         for part, tensors in snapshot.tensors.items():
-            save_file(tensors, folder / f"{asked['save']}.{part}.safetensors")
-        (folder / f"{asked['save']}.json").write_text(json.dumps(snapshot.state))
+            save_file(tensors, folder / f"{task['save']}.{part}.safetensors")
+        (folder / f"{task['save']}.json").write_text(json.dumps(snapshot.state))
     weights = b"".join(
         _bits(w).cpu().numpy().tobytes() for w in engine.eval_model.state_dict().values()
     )
@@ -183,11 +184,11 @@ def curves_table(folder: Path, worlds: tuple[int, ...] = (1, 2, 4, 8)) -> Iterat
             for parts in (1, 4)
             for engine in _ENGINES
         ]
-        found = run_jobs(folder, world_size, jobs)
-        reference = reference or found["DDP/1"]["losses"]
+        results = run_jobs(folder, world_size, jobs)
+        reference = reference or results["DDP/1"]["losses"]
         for parts in (1, 4):
             cells = [
-                f"{deviation(reference, found[f'{engine}/{parts}']['losses']):.1e}"
+                f"{deviation(reference, results[f'{engine}/{parts}']['losses']):.1e}"
                 for engine in _ENGINES
             ]
             yield f"| {world_size} | {parts} | {' | '.join(cells)} |"
@@ -195,7 +196,7 @@ def curves_table(folder: Path, worlds: tuple[int, ...] = (1, 2, 4, 8)) -> Iterat
 
 def resume_table(folder: Path) -> Iterator[str]:
     """50 steps, a checkpoint, 50 more; against 100 steps of the first engine."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for world_size in (2, 4):
         jobs = []
         for engine in _ENGINES:
@@ -203,7 +204,7 @@ def resume_table(folder: Path) -> Iterator[str]:
             full, half = f"{engine}/{world_size}/full", f"{engine}/{world_size}/half"
             jobs.append(job(full, 0, 100, experiment, save=full.replace("/", "-")))
             jobs.append(job(half, 0, 50, experiment, save=half.replace("/", "-")))
-        found |= run_jobs(folder, world_size, jobs)
+        results |= run_jobs(folder, world_size, jobs)
     moves = [(engine, engine, *worlds) for engine in _MATRIX for worlds in ((2, 2), (2, 1), (4, 2))]
     moves += [("DDP", "ZeRO 2", 2, 2), ("ZeRO 2", "DDP", 2, 2)]
     for world_size in (1, 2):
@@ -214,12 +215,12 @@ def resume_table(folder: Path) -> Iterator[str]:
                 name, half = f"{before}>{after}/{wrote}>{reads}", f"{before}-{wrote}-half"
                 saved = name.replace("/", "-")
                 jobs.append(job(name, 50, 100, experiment, load=half, save=saved))
-        found |= run_jobs(folder, world_size, jobs)
+        results |= run_jobs(folder, world_size, jobs)
     yield "| from | to | ranks | largest deviation after | weights and Adam's state |"
     yield "|---|---|---|---|---|"
     for before, after, wrote, reads in moves:
         name, full = f"{before}>{after}/{wrote}>{reads}", f"{before}/{wrote}/full"
-        apart = deviation(found[full]["losses"][50:], found[name]["losses"])
+        apart = deviation(results[full]["losses"][50:], results[name]["losses"])
         same = identical(folder, full.replace("/", "-"), name.replace("/", "-"))
         bits = "bit-identical" if same else "alike"
         yield f"| {before} | {after} | {wrote} → {reads} | {apart:.1e} | {bits} |"

@@ -101,14 +101,14 @@ def test_a_stopped_rank_ends_the_others_and_is_named(
         ranks.wait_for_step(run, 5)
         os.kill(processes[1].pid, signal.SIGSTOP)
         stopped = time.monotonic()
-        said = processes[0].communicate(timeout=60)[0]
+        output = processes[0].communicate(timeout=60)[0]
         assert time.monotonic() - stopped < 5 * LIMIT_S
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[0].returncode == 1
-    assert "Thread 0x" in said, "every thread's stack"
-    told = json.loads(report.read_text())
-    assert told["rank"] == 1
-    assert "silent" in told["error"]
+    assert "Thread 0x" in output, "every thread's stack"
+    failure = json.loads(report.read_text())
+    assert failure["rank"] == 1
+    assert "silent" in failure["error"]

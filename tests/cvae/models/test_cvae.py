@@ -76,8 +76,8 @@ def test_condition_reaches_encoder_and_decoder(backbone: str, latent: str, fusio
 @pytest.mark.parametrize(("backbone", "latent"), VECTOR + SPATIAL)
 def test_every_parameter_gets_a_gradient(backbone: str, latent: str) -> None:
     for condition_dim, fusion in ((0, "concat"), (3, "concat"), (3, "add"), (3, "film")):
-        told = {"prior": "text"} if condition_dim else {}
-        cvae = model(condition_dim, backbone=backbone, latent=latent, fusion=fusion, **told)
+        text_prior = {"prior": "text"} if condition_dim else {}
+        cvae = model(condition_dim, backbone=backbone, latent=latent, fusion=fusion, **text_prior)
         wake(cvae)
         images = torch.randint(0, 256, (2, 1, 16, 16), generator=generator, dtype=torch.uint8)
         condition = torch.eye(3)[:2] if condition_dim else None

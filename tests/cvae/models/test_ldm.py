@@ -1,4 +1,4 @@
-"""The ldm backbone beside diffusers' own AutoencoderKL."""
+"""The ldm backbone against diffusers' own AutoencoderKL."""
 
 from pathlib import Path
 from typing import Any

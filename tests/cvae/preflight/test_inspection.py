@@ -100,9 +100,9 @@ CUDA_13_BUILD = {
         ),
     ],
 )
-def test_what_is_wrong_names_the_node(difference: dict[str, Any], level: str, text: str) -> None:
-    found = [finding for finding in verdict(**difference) if re.search(text, finding[1])]
-    assert [finding[0] for finding in found] == [level] * len(found) != []
+def test_every_finding_names_the_node(difference: dict[str, Any], level: str, text: str) -> None:
+    findings = [finding for finding in verdict(**difference) if re.search(text, finding[1])]
+    assert [finding[0] for finding in findings] == [level] * len(findings) != []
     assert all("\n" not in finding[1] for finding in verdict(**difference))
 
 
@@ -116,8 +116,8 @@ def test_a_run_that_has_begun_goes_on_without_room_for_a_checkpoint() -> None:
 def test_ranks_without_gpus_share_their_hosts_memory() -> None:
     facts = [Facts(rank=n, host="a", gpu=None, free_memory=19, clock=0) for n in range(2)]
     assert judge(facts, Need(memory=9), "x") == []
-    [found] = judge(facts, Need(memory=10), "x")
-    assert "take 20 bytes" in found.text
+    [finding] = judge(facts, Need(memory=10), "x")
+    assert "take 20 bytes" in finding.text
     assert judge([facts[0].model_copy(update={"idle_gpus": 4})], Need(), "x")[0].level == "warning"
 
 
@@ -142,10 +142,10 @@ def test_what_a_build_runs_on(
     assert runs_on(capability, built_for) == expected
 
 
-def test_a_slow_network_is_told() -> None:
+def test_a_slow_network_is_reported() -> None:
     slow = Network(latency_s=0.001, bytes=10**6, seconds=0.01)
-    [found] = judge_network(slow, NEED)
-    assert found.text.startswith(
+    [finding] = judge_network(slow, NEED)
+    assert finding.text.startswith(
         "all-reduce runs at 0.1 GB/s: a step's gradients (1.0 GB) take 10.0"
     )
     assert judge_network(slow, NEED._replace(gradient=10**6)) == []
@@ -238,18 +238,18 @@ def test_ranks_with_and_without_gpus_do_not_wait_for_each_other(kinds: tuple[str
         return ""
 
     with ThreadPoolExecutor(2) as both:
-        said = list(both.map(meet, range(2)))
-    assert [bool(text) for text in said] == [kinds[0] != kinds[1]] * 2
+        outputs = list(both.map(meet, range(2)))
+    assert [bool(text) for text in outputs] == [kinds[0] != kinds[1]] * 2
     assert all(
-        text.startswith(f"{socket.gethostname()}: PyTorch sees no GPU") for text in said if text
+        text.startswith(f"{socket.gethostname()}: PyTorch sees no GPU") for text in outputs if text
     )
 
 
 def test_two_ranks_that_differ(tmp_path: Path) -> None:
-    said = local_ranks.finish(
+    outputs = local_ranks.finish(
         local_ranks.start_python(["-m", "tests.cvae.preflight.test_inspection", str(tmp_path)], 2)
     )
-    for text in said:
+    for text in outputs:
         printed = [line[2:] for line in text.splitlines() if line.startswith("> ")]
         first, second, network = printed
         assert first.endswith(": no rope on rank 1")

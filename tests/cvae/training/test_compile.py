@@ -30,10 +30,10 @@ def test_compiled_steps_follow_plain_ones_on_two_ranks(
         job(name, 0, 8, plain("DDP", micro_batch_size=3, compile=compiled))
         for name, compiled in (("plain", False), ("compiled", True))
     ]
-    found = engine_curves.run_jobs(tmp_path, 2, jobs)
-    assert found["compiled"]["losses"] == pytest.approx(found["plain"]["losses"], rel=1e-5)
+    results = engine_curves.run_jobs(tmp_path, 2, jobs)
+    assert results["compiled"]["losses"] == pytest.approx(results["plain"]["losses"], rel=1e-5)
     # Other kernels: had nothing been compiled, not a bit would differ.
-    assert found["compiled"]["losses"] != found["plain"]["losses"]
+    assert results["compiled"]["losses"] != results["plain"]["losses"]
 
 
 def test_another_beta_is_no_other_graph(tiny_store: Path) -> None:

@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         for before, after in [*zip(_STAGES, _STAGES, strict=True), *_MOVES]:
             name = f"{before} > {after}"
             jobs.append(job(name, 6, 12, plain(after, **options), load=f"{before} half", save=name))
-        found = engine_curves.run_jobs(folder, 3, jobs)
+        results = engine_curves.run_jobs(folder, 3, jobs)
         alone = [
             job(f"{engine} alone", 6, 12, plain(engine, **options), load=f"{engine} half")
             for engine in _STAGES
@@ -53,10 +53,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             job(f"{engine} fp16 alone", 0, 12, _overflowing(engine), spoil=_SPOILT_ALONE)
             for engine in ("DDP", *_STAGES)
         ]
-        said = found["said"]
-        found |= engine_curves.run_jobs(folder, 1, alone)
-        found["said"] = said + found["said"]
-    return folder, found
+        output = results["output"]
+        results |= engine_curves.run_jobs(folder, 1, alone)
+        results["output"] = output + results["output"]
+    return folder, results
 
 
 def _overflowing(engine: str) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def test_fp16_skips_the_same_updates_on_any_number_of_ranks(
 
 @pytest.mark.parametrize("stage", _STAGES)
 def test_resumed_is_bit_identical(trained: tuple[Path, dict[str, Any]], stage: str) -> None:
-    folder, found = trained
-    assert found[f"{stage} > {stage}"]["losses"] == found[stage]["losses"][6:]
+    folder, results = trained
+    assert results[f"{stage} > {stage}"]["losses"] == results[stage]["losses"][6:]
     assert identical(folder, stage, f"{stage} > {stage}")
 
 
@@ -121,21 +121,23 @@ def test_resumed_is_bit_identical(trained: tuple[Path, dict[str, Any]], stage: s
 def test_a_checkpoint_resumes_under_another_engine(
     trained: tuple[Path, dict[str, Any]], before: str, after: str
 ) -> None:
-    found = trained[1]
-    resumed = found[f"{before} > {after}"]
-    assert resumed["losses"] == pytest.approx(found["DDP"]["losses"][6:], rel=1e-4)
-    assert resumed["val"] == pytest.approx(found["DDP"]["val"], abs=1e-3)
+    results = trained[1]
+    resumed = results[f"{before} > {after}"]
+    assert resumed["losses"] == pytest.approx(results["DDP"]["losses"][6:], rel=1e-4)
+    assert resumed["val"] == pytest.approx(results["DDP"]["val"], abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", _STAGES)
 def test_three_ranks_resume_as_one(trained: tuple[Path, dict[str, Any]], stage: str) -> None:
-    found = trained[1]
-    assert found[f"{stage} alone"]["losses"] == pytest.approx(found["DDP"]["losses"][6:], rel=1e-4)
-    assert found[f"{stage} alone"]["val"] == pytest.approx(found["DDP"]["val"], abs=1e-3)
+    results = trained[1]
+    assert results[f"{stage} alone"]["losses"] == pytest.approx(
+        results["DDP"]["losses"][6:], rel=1e-4
+    )
+    assert results[f"{stage} alone"]["val"] == pytest.approx(results["DDP"]["val"], abs=1e-3)
 
 
 def test_engines_are_silent(trained: tuple[Path, dict[str, Any]]) -> None:
-    assert trained[1]["said"] == ""
+    assert trained[1]["output"] == ""
 
 
 def test_killed_and_resumed_under_zero_3(home: Path) -> None:

@@ -14,17 +14,17 @@ OWN = torch.device("cuda", 2)
 
 def test_a_rank_asks_about_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking about another one would open a CUDA context there."""
-    asked = []
+    queried = []
 
     def mem_get_info(device: torch.device) -> tuple[int, int]:
-        asked.append(device)
+        queried.append(device)
         return 25, 100
 
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     assert gpu_metrics(OWN) == {"system/gpu_2_memory_usage_percentage": 75}
-    assert asked == [OWN]
+    assert queried == [OWN]
     assert gpu_metrics(torch.device("cpu")) == {}
 
 

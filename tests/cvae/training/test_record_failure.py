@@ -1,4 +1,4 @@
-"""What happens around a run between two tries."""
+"""What happens around a run between two attempts."""
 
 from pathlib import Path
 
@@ -33,14 +33,14 @@ def test_the_cause_becomes_the_journals_last_line(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("restarts", [True, False])
-def test_what_goes_on_tells_mlflow_itself(
+def test_a_run_that_restarts_pushes_to_mlflow_itself(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, restarts: bool
 ) -> None:
-    told: list[Path] = []
+    mirrored: list[Path] = []
 
     class Mirror:
         def __init__(self, path: Path):
-            told.append(path)
+            mirrored.append(path)
 
         def finish(self, patience_s: float) -> int:
             assert lines(run, "end")
@@ -48,10 +48,10 @@ def test_what_goes_on_tells_mlflow_itself(
 
     monkeypatch.setattr(mlflow_mirror, "start_mirror", Mirror)
     note_bad_end(str(run.path), "boom", "", restarts)
-    assert told == [run.path] * (not restarts)
+    assert mirrored == [run.path] * (not restarts)
 
 
-def test_what_rank_0_has_said_is_not_said_again(run: RunDirectory) -> None:
+def test_a_reason_that_rank_0_has_written_is_not_written_again(run: RunDirectory) -> None:
     missing = "no such store"
     for reason, message in ((missing, ""), (f"rank 1 on n2: {missing}", missing), (KILLED, "")):
         note_bad_end(str(run.path), reason, message, restarts=True)

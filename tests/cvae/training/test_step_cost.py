@@ -58,7 +58,7 @@ def test_a_step_of_the_loop_is_little_more_than_the_bare_one(
         meter.note(2, engine.step(_batch(data, order, 1, batch_size), 1e-3, 1.0))
     assert not _WAITING & whole_step.seen.keys()
     extra = whole_step.seen.total() - bare_step.seen.total()
-    # The norm of the gradient, the sums that the journal tells; clipping where it is asked for.
+    # The norm of the gradient, the sums that the journal holds; clipping if it is on.
     assert extra <= (22 if more else 17), whole_step.seen - bare_step.seen
 
 

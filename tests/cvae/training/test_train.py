@@ -133,11 +133,11 @@ def test_a_signal_to_one_rank_stops_and_saves_all(tiny_store: Path) -> None:
     processes = ranks.start(run, 2)
     ranks.wait_for_step(run, 20)
     processes[1].send_signal(signal.SIGTERM)
-    said = ranks.finish(processes)
+    outputs = ranks.finish(processes)
     end = ranks.lines(run, "end")[-1]
     assert end["status"] == "stopped"
     assert "SIGTERM" in end["reason"]
-    assert all(f"step={end['step']}" in text for text in said)
+    assert all(f"step={end['step']}" in text for text in outputs)
     assert ranks.lines(run, "checkpoint")[-1]["step"] == end["step"] < 600
     assert train(run.path, mirrored=False).status == "finished"  # now on one rank
     assert ranks.lines(run, "start")[-1]["step"] == end["step"]
@@ -149,13 +149,13 @@ def test_nan_stops_all_ranks_and_names_the_step(tiny_store: Path) -> None:
     plain = {**tiny_experiment(epochs=40, log_every=7), "optimizer": {"lr": 1e30}}
     run = ranks.new_run("nan", plain)
     crowded = ranks.new_run("crowded", tiny_experiment(global_batch_size=1))
-    said = ranks.train(run, 2, crowded)
-    assert all("leaves some of 2 ranks without an image" in text for text in said)
-    assert "Traceback" not in "".join(said)
+    outputs = ranks.train(run, 2, crowded)
+    assert all("leaves some of 2 ranks without an image" in text for text in outputs)
+    assert "Traceback" not in "".join(outputs)
     outcome = ranks.lines(run, "end")[-1]
     assert outcome["status"] == "failed"
     assert f"not finite at step {outcome['step']}" in outcome["reason"]
-    assert all("status='failed'" in text for text in said)
+    assert all("status='failed'" in text for text in outputs)
     # The step is the first one, whichever was the last to be logged.
     assert 1 < outcome["step"] <= 14
     finite = [step for step in ranks.lines(run, "step") if step["step"] < outcome["step"]]
@@ -215,8 +215,8 @@ def test_fp16_that_overflows_at_every_scale_ends_the_run(
     for _ in range(2):
         outcome = train(run.path, mirrored=False)
         assert (outcome.status, outcome.step) == ("failed", 50)
-        said = "50 updates in a row were skipped up to step 50; the last good checkpoint is step-00000040"
-        assert said in outcome.reason
+        reason = "50 updates in a row were skipped up to step 50; the last good checkpoint is step-00000040"
+        assert reason in outcome.reason
         assert [line["step"] for line in ranks.lines(run, "checkpoint")] == [20, 40]
     metrics = [line["metrics"] for line in ranks.lines(run, "step")]
     assert len(metrics) == 1 + 49 // 7
@@ -238,7 +238,7 @@ def test_a_second_trainer_is_refused(tiny_store: Path) -> None:
     ranks.finish(first)
 
 
-def test_damaged_checkpoint_falls_back_aloud(tiny_store: Path) -> None:
+def test_a_damaged_checkpoint_falls_back_with_a_warning(tiny_store: Path) -> None:
     plain = tiny_experiment()
     undisturbed = alone("undisturbed", plain)
     run = ranks.new_run("damaged", {**plain, "training": {**plain["training"], "max_steps": 15}})  # type: ignore[dict-item]
