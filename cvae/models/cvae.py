@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cvae.config import experiment
 from cvae.models.backbone import ImageShape, Moments
 from cvae.models.likelihood import LIKELIHOODS
-from cvae.models.prior import PRIORS, Prior, normal_log_prob
+from cvae.models.prior import PRIORS, normal_log_prob
 
 
 class Elbo(NamedTuple):
@@ -43,7 +43,7 @@ class Cvae(nn.Module):
         backbone = importlib.import_module(f"cvae.models.{model.backbone}")
         self.encoder, self.decoder = backbone.build(model, shape, condition_dim)
         self.latent_shape: tuple[int, ...] = self.encoder.latent_shape
-        self.prior: Prior = PRIORS[model.prior](condition_dim, self.latent_shape)
+        self.prior = PRIORS[model.prior](condition_dim, self.latent_shape)
 
     def forward(self, images: Tensor, condition: Tensor | None, noise: Tensor) -> Elbo:
         """Returns the parts of −ELBO for a batch, with one draw of z per image.

@@ -19,7 +19,7 @@ from cvae.data.feed import MicroBatch
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae, Elbo
-from cvae.run.checkpoint import Tensors, TrainingState
+from cvae.run.checkpoint import TrainingState
 from cvae.training import zero_state
 from cvae.training.engine import Engine, summed_loss
 from cvae.training.optimization import copy_buffers, update_average
@@ -115,25 +115,23 @@ class DeepSpeedEngine(Engine):
         return torch.cat([totals / self.batch_size, self.norm.reshape(1)])
 
     def snapshot(self, progress: dict[str, Any]) -> TrainingState:
-        model, optimizer, ema = Tensors(), Tensors(), Tensors()
+        model, optimizer = dict[str, Any](), dict[str, Any]()
+        ema: dict[str, Any] = {} if self.ema is None else dict(self.ema.state_dict())
         updated = bool(self.adam.state)  # not before the first update, which fp16 may skip
         for name, parameter in self.model.named_parameters():
-            _keep(model, name, self.storage.weight(parameter))
+            model[name] = self.storage.weight(parameter)
             if updated:
                 optimizer[f"step.{name}"] = self.storage.updates().clone()
                 for key in zero_state.STATES:
-                    _keep(optimizer, f"{key}.{name}", self.storage.state(parameter, key))
+                    optimizer[f"{key}.{name}"] = self.storage.state(parameter, key)
             if name in self.ema_shards:
-                _keep(ema, name, zero_state.from_shards(parameter, self.ema_shards[name]))
+                ema[name] = zero_state.from_shards(parameter, self.ema_shards[name])
         model.update(self.model.named_buffers())
-        if self.ema is not None:
-            ema = dict(self.ema.state_dict())
-        elif ema:
+        if self.ema_shards:
             ema.update(self.model.named_buffers())
         tensors = {"model": model, "optimizer": optimizer} | ({"ema": ema} if ema else {})
-        if not self.ranks.is_first:
-            tensors = {}
-        return TrainingState(tensors, {**progress, "loss_scale": self.scaler.state_dict()})
+        state = {**progress, "loss_scale": self.scaler.state_dict()}
+        return TrainingState(tensors if self.ranks.is_first else {}, state)
 
     def restore(self, state: TrainingState) -> None:
         weights, states = state.tensors["model"], state.tensors["optimizer"]
@@ -210,11 +208,6 @@ class _Autocast(nn.Module):
         with precision.autocast(self.name, self.device):
             elbo: Elbo = self.model(*micro)
         return elbo
-
-
-def _keep(tensors: Tensors, name: str, value: Tensor | None) -> None:
-    if value is not None:
-        tensors[name] = value
 
 
 def _import_deepspeed(device: torch.device) -> ModuleType:

@@ -70,7 +70,7 @@ def train(run_path: Path, mirrored: bool = True) -> TrainingResult:
         open_logger(run, ranks, mirrored) as logger,
     ):
         try:
-            result = _train(run, ranks, logger, watchdog, stop)
+            result = _train(run.experiment(), ranks, logger, watchdog, stop)
         except Diverged as diverged:
             result = TrainingResult("failed", diverged.step, str(diverged))
         except BaseException as error:
@@ -84,11 +84,10 @@ def train(run_path: Path, mirrored: bool = True) -> TrainingResult:
 
 
 def _train(
-    run: RunDirectory, ranks: Ranks, logger: RunLogger, watchdog: Watchdog, stop: StopFlag
+    experiment: Experiment, ranks: Ranks, logger: RunLogger, watchdog: Watchdog, stop: StopFlag
 ) -> TrainingResult:
-    experiment = run.experiment()
-    data, model, saved = _open(run, experiment, ranks, logger)
-    trainer = Trainer(run, experiment, data, model, ranks, logger, watchdog)
+    data, model, saved = _open(experiment, ranks, logger)
+    trainer = Trainer(experiment, data, model, ranks, logger, watchdog)
     trainer.restore(saved)
     for batch in trainer.batches():
         vote = ranks.ask_any(bool(stop))  # the answers come in while the step is computed
@@ -110,40 +109,41 @@ def _train(
 
 
 def _open(
-    run: RunDirectory, experiment: Experiment, ranks: Ranks, logger: RunLogger
+    experiment: Experiment, ranks: Ranks, logger: RunLogger
 ) -> tuple[ExperimentData, Cvae, TrainingState | None]:
     """Returns the data, the initial model and the checkpoint to continue from; None for a new run.
 
     Raises UserError if the ranks, the data or the nodes do not fit the run.
     """
+    checkpoints = logger.run.checkpoints
     data = ranks.everywhere(lambda: open_data(experiment))
     experiment.check_ranks(ranks.world_size)
     if logger.data_digest not in (None, data.digest):
         raise UserError(
-            f"{run.name} was trained on other data than {data.store.path} holds now (digest"
+            f"{logger.run.name} was trained on other data than {data.store.path} holds now (digest"
             f" {str(logger.data_digest)[:12]}, now {data.digest[:12]}); prepare the data as it was, or start a"
             " new run"
         )
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
-    need = inspection.need_of(experiment, model, ranks.world_size, run.checkpoints, logger.begun)
-    logger.preflight(inspection.check(run.checkpoints, ranks, need, data.digest))
+    need = inspection.need_of(experiment, model, ranks.world_size, checkpoints, logger.begun)
+    logger.preflight(inspection.check(checkpoints, ranks, need, data.digest))
     if experiment.model.standardize_condition:
         # One rank reads all of the embeddings, which spares the file system the others.
         statistics = ranks.tell(data.text_statistics() if ranks.is_first else None)
         assert statistics is not None
         model.set_condition_statistics(*map(torch.from_numpy, statistics))
-    saved = _newest_checkpoint(run, ranks, logger)
+    saved = _newest_checkpoint(checkpoints, ranks, logger)
     if saved is None and experiment.model.init_from is not None:
         load_published(model, experiment.model, experiment.model.init_from)
     return data, model, saved
 
 
-def _newest_checkpoint(run: RunDirectory, ranks: Ranks, logger: RunLogger) -> TrainingState | None:
+def _newest_checkpoint(folder: Path, ranks: Ranks, logger: RunLogger) -> TrainingState | None:
     """Returns the newest intact checkpoint, the same on all ranks; None if there is none yet."""
     # Rank 0 chooses: ranks may see different states of the shared file system.
-    newest = checkpoint.load_newest(run.checkpoints, logger.notice) if ranks.is_first else None
+    newest = checkpoint.load_newest(folder, logger.notice) if ranks.is_first else None
     step = ranks.tell(None if newest is None else newest.state["step"])
-    return None if step is None else newest or checkpoint.load_step(run.checkpoints, step)
+    return None if step is None else newest or checkpoint.load_step(folder, step)
 
 
 class Trainer:
@@ -151,7 +151,6 @@ class Trainer:
 
     def __init__(
         self,
-        run: RunDirectory,
         experiment: Experiment,
         data: ExperimentData,
         model: Cvae,
@@ -159,7 +158,7 @@ class Trainer:
         logger: RunLogger,
         watchdog: Watchdog,
     ):
-        self.run, self.experiment, self.data = run, experiment, data
+        self.experiment, self.data = experiment, data
         self.ranks, self.logger, self.watchdog = ranks, logger, watchdog
         self.step = 0
         self.n_train = len(data.train_rows)
@@ -293,7 +292,7 @@ class Trainer:
 
     def _last_checkpoint(self) -> str:
         self.logger.checkpoints.wait()
-        saved = checkpoint.steps(self.run.checkpoints)
+        saved = checkpoint.steps(self.logger.run.checkpoints)
         return (
             f"the last good checkpoint is {saved[-1]}" if saved else "there was no checkpoint yet"
         )
