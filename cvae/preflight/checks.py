@@ -160,8 +160,8 @@ def _judge_gpu(fact: Facts, facts: Sequence[Facts]) -> Iterator[Finding]:
     users = [x.rank for x in facts if x.gpu and (x.host, x.gpu.id) == (host, gpu.id)]
     if fact.rank != users[0]:
         yield _error(
-            f"{host}: ranks {users[0]} and {fact.rank} have the same GPU; one GPU for each rank is needed: fewer"
-            " --gpus or more --nodes"
+            f"{host}: ranks {users[0]} and {fact.rank} have the same GPU; each needs one of its own: use fewer"
+            " ranks per node or more nodes"
         )
     models = {x.gpu.name: f"{x.gpu.name} on {x.host}" for x in facts if x.gpu}
     if len(models) > 1:

@@ -10,7 +10,7 @@ from cvae.run.journal import Journal
 from cvae.tracking import mlflow_mirror
 
 MIRROR_PATIENCE_S = 30.0
-"""The end of a run waits this long for MLflow and no longer: `runs.py sync` can push the rest later."""
+"""The end of a run waits this long for MLflow and no longer: a later sync pushes the rest."""
 
 
 def note_bad_end(run_path: str, reason: str, message: str, restarts: bool) -> None:

@@ -133,7 +133,7 @@ def open_logger(run: RunDirectory, ranks: Ranks, mirrored: bool) -> Iterator[Run
     finally:
         writer.close()
         if mirror is not None and (behind := mirror.finish(MIRROR_PATIENCE_S)):
-            _log.warning("MLflow lacks %d journal lines; `runs.py sync %s`", behind, run.name)
+            _log.warning("MLflow lacks %d journal lines: sync the run %s later", behind, run.name)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
