@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cvae.distributed.device import gpu_metrics
 from cvae.evaluation.evaluate_run import evaluate_runs
 from cvae.evaluation.metric_groups import EvaluationRequest, fitting_groups
 from cvae.files.checksums import sha256_of_file
 from cvae.metrics import METRIC_GROUPS, METRICS, better, find, unit
 from cvae.run import journal
+from cvae.training.system_metrics import gpu_metrics
 from cvae.training.train import train
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from tests.helpers.ranks import new_run
