@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvae import command_line
-from cvae.command_line import Parser, files_and_overrides, positive
+from cvae.command_line import Parser, files_and_overrides
 from cvae.config.experiment import Experiment
 from cvae.data.store import open_store
 from cvae.errors import UserError
 from cvae.files import paths
 from cvae.run.directory import check_new_name, free_name
 from slurm import attempts, cluster_file, job_state
-from workflows.jobs.job_options import add_time
+from workflows.jobs.job_options import add_job_options
 from workflows.sweeps.directory import SweepDirectory
 from workflows.sweeps.sweep_file import load_sweep
 from workflows.terminal.formatting import Fact, aligned, shown
@@ -44,20 +44,14 @@ def parser() -> Parser:
         help="the sweep's file, and values that replace its own (search.samples=4) or its experiment's"
         " (training.epochs=2; a key of the space then has only that value)",
     )
-    parser.add_argument("--nodes", type=positive, metavar="N", help="default: 1")
-    parser.add_argument(
-        "--gpus",
-        type=positive,
-        metavar="G",
-        help="in total (default: one per node on SLURM; here all GPUs, or else all cores)",
-    )
+    gpus = "one per node on SLURM; here all GPUs, or else all cores"
+    add_job_options(parser, nodes=None, gpus=gpus)
     parser.add_argument(
         "--gpus-per-trial",
         type=_gpu_share,
         metavar="F",
         help="default: 1; 0.5 puts two trials on a GPU, 2 gives each trial two ranks",
     )
-    parser.add_argument("--cluster", metavar="NAME", help="as for launch.py")
     parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster that runs already")
     parser.add_argument("--name", metavar="SWEEP", help="default: the file's name and the time")
     parser.add_argument("--resume", metavar="SWEEP", help="continue a sweep, or the `latest` one")
@@ -69,7 +63,6 @@ def parser() -> Parser:
     parser.add_argument(
         "--cancel", metavar="SWEEP", help="end a sweep; its trials save checkpoints first"
     )
-    add_time(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
     parser.add_argument("--detach", action="store_true", help="submit and do not wait")
     return parser

@@ -31,7 +31,7 @@ from slurm import cluster_file
 from slurm.cluster_file import Place, Placement
 from tests.helpers.growing_folder import growing_folder
 from tests.studies.benchmarks import GROUPS, PREPARATION
-from workflows.jobs.job_options import add_time
+from workflows.jobs.job_options import add_job_options
 from workflows.terminal.formatting import aligned
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def parser() -> Parser:
         help="experiments' YAML files (default: the demo), and values that replace theirs, as"
         " training.precision=bf16; the word preparation measures decoding and encoding",
     )
-    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
-    parser.add_argument("--gpus", type=positive, metavar="G", help="in total (default: one a node)")
-    parser.add_argument("--cluster", metavar="NAME", help="configs/clusters/NAME.yaml")
-    add_time(parser)
+    add_job_options(parser)
     parser.add_argument(
         "--against", nargs="*", metavar="PEER", help=f"default: all that fit; {', '.join(_PEERS)}"
     )

@@ -10,9 +10,10 @@ def add_job_options(
     parser: argparse._ActionsContainer,
     nodes: int | None = 1,
     defaults: str | None = None,
+    gpus: str = "one per node",
     time: str = "the cluster file's",
 ) -> None:
-    """Adds the four options. nodes: the value without --nodes. defaults, time: what the help says of them."""
+    """Adds the four options. nodes: the value without --nodes. Others: the defaults that the help states."""
     where = defaults or "SLURM if a controller responds, else this machine"
     parser.add_argument(
         "--nodes", type=positive, default=nodes, metavar="N", help=f"default: {defaults or 1}"
@@ -21,21 +22,17 @@ def add_job_options(
         "--gpus",
         type=positive,
         metavar="G",
-        help=f"in total (default: {defaults or 'one per node'})",
+        help=f"in total (default: {defaults or gpus})",
     )
     parser.add_argument(
         "--cluster", metavar="NAME", help=f"configs/clusters/NAME.yaml (default: {where})"
     )
-    add_time(parser, time)
-
-
-def add_time(parser: argparse._ActionsContainer, default: str = "the cluster file's") -> None:
     parser.add_argument(
         "--time",
         type=_minutes,
         metavar="TIME",
         help="time limit of the job on SLURM: minutes, or as SLURM writes it, 1:30:00 or 1-12"
-        f" (default: {default})",
+        f" (default: {time})",
     )
 
 
