@@ -30,12 +30,9 @@ class TextEncoder:
     """A frozen model of BERT's family with its tokenizer."""
 
     name: str
-    sha256: str
-    """Of the weights."""
-    files: dict[str, str]
-    """sha256 of the configuration and of the tokenizer's files."""
-    revision: str | None
-    """The hub's commit, if known."""
+    sha256: str  # of the weights
+    files: dict[str, str]  # sha256 of the configuration and of the tokenizer's files
+    revision: str | None  # the hub's commit, if known
     dim: int
     max_tokens: int
     precision: Precision

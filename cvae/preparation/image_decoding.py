@@ -124,8 +124,10 @@ def decode(file: Path, image_size: int, crop: bool = False) -> NDArray[np.uint8]
             # Decodes JPEG at 1/2, 1/4 or 1/8 of its size, but not below twice the target.
             image.draft(None, (2 * image_size, 2 * image_size))
             upright = _rgb(ImageOps.exif_transpose(image))
-            box = _centre_square(upright.size) if crop else None
-            square = upright.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+            if crop:
+                square = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BICUBIC)
+            else:
+                square = upright.resize((image_size, image_size), Image.Resampling.BICUBIC)
     except Unreadable:
         raise
     except UnidentifiedImageError:
@@ -136,13 +138,6 @@ def decode(file: Path, image_size: int, crop: bool = False) -> NDArray[np.uint8]
         reason = getattr(error, "strerror", None) or str(error).replace(str(file), file.name)
         raise Unreadable(f"cannot be decoded: {reason}") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
-
-
-def _centre_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    width, height = size
-    side = min(size)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -80,15 +80,11 @@ class Scene:
     background: str
 
 
-def _generator(seed: int, image_id: int) -> np.random.Generator:
+def generator(seed: int, image_id: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, image_id], np.uint64)))
 
 
-def scene_of(seed: int, image_id: int) -> Scene:
-    return _sample(_generator(seed, image_id))
-
-
-def _sample(rng: np.random.Generator) -> Scene:
+def draw_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))
     places = _LAYOUTS[count][rng.integers(len(_LAYOUTS[count]))]
     shapes = rng.choice(list(SHAPES), size=count, replace=False)
@@ -101,16 +97,16 @@ def _sample(rng: np.random.Generator) -> Scene:
 
 def example(seed: int, image_id: int) -> tuple[Image.Image, list[str]]:
     """Returns the picture (RGB, 64×64) and the five captions of an image id."""
-    rng = _generator(seed, image_id)
-    scene = _sample(rng)
+    rng = generator(seed, image_id)
+    scene = draw_scene(rng)
     captions = describe(scene, rng)
     return render(scene, rng), captions
 
 
 def captions_of(seed: int, image_id: int) -> list[str]:
     """Returns the captions of example() without drawing."""
-    rng = _generator(seed, image_id)
-    return describe(_sample(rng), rng)
+    rng = generator(seed, image_id)
+    return describe(draw_scene(rng), rng)
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
