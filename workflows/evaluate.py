@@ -37,6 +37,8 @@ from slurm.commands import JobState
 from slurm.executors import Job
 from slurm.job_state import Submission
 from workflows.jobs.job_options import add_job_options
+from workflows.jobs.submission import job_environment
+from workflows.jobs.waiting import run_and_wait
 from workflows.terminal.formatting import aligned, table
 
 EVALUATE = "cvae.evaluation.evaluate_run:evaluate_runs"
@@ -109,9 +111,6 @@ def _evaluate(
     requests: list[EvaluationRequest], place: Place, placement: Placement, gpus: int
 ) -> int:
     """Evaluates all runs in one job and returns the exit status; finished groups survive a failure."""
-    from workflows.jobs.submission import job_environment
-    from workflows.jobs.waiting import run_and_wait
-
     folder = RunDirectory(Path(requests[0].run)).logs / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     progress = _Progress(folder / "progress.json")

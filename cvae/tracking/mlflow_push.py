@@ -30,8 +30,8 @@ from cvae.errors import UserError
 from cvae.run import journal
 from cvae.run.journal_lines import Line
 from cvae.sampling.export_format import CONFIG
-from cvae.tracking import mlflow_model, mlflow_state, mlflow_tags
-from cvae.tracking.mlflow_store import create_store, experiment_id
+from cvae.tracking import mlflow_model, mlflow_state
+from cvae.tracking.mlflow_store import create_store, experiment_id, start_tags
 
 _POINTS_PER_BATCH = 1000  # limits of MLflow's log_batch
 _PARAMS_PER_BATCH = 100
@@ -80,7 +80,7 @@ class Pusher:
         if size == self.state.offset:
             return
         if size < self.state.offset:
-            _log.warning("%s has become shorter: all of it goes again", self._journal)
+            _log.warning("%s has become shorter; sending all of it again", self._journal)
             self.state.offset = 0
         # MLflow must never have what a crash of this host could still remove from the journal.
         with open(self._journal, "rb") as file:
@@ -147,7 +147,7 @@ class Pusher:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            _log.warning("run %s was deleted in MLflow: all of it goes again", self.state.run_id)
+            _log.warning("run %s was deleted in MLflow; sending all of it again", self.state.run_id)
             self.state.run_dir_id, self.state.run_id = uuid.uuid4().hex, None
             mlflow_state.save(self.run_dir, self.state)
         experiment = client.get_experiment_by_name(self._experiment()["name"])
@@ -161,7 +161,7 @@ class Pusher:
         params = {key: _text(value) for key, value in flat.items()}
         for name in params.keys() & logged.keys():
             if params[name] != logged[name]:
-                _log.warning("param %s was %s at first: kept", name, logged[name])
+                _log.warning("param %s was %s at first; MLflow keeps that", name, logged[name])
         new = [Param(name, value) for name, value in params.items() if name not in logged]
         for start in range(0, len(new), _PARAMS_PER_BATCH):
             self._api.log_batch(self._run_id, params=new[start : start + _PARAMS_PER_BATCH])
@@ -202,7 +202,7 @@ class Pusher:
         return True
 
     def _start(self, line: Line) -> None:
-        tags = mlflow_tags.of_start(self.run_dir, line, self._get_run().data.tags)
+        tags = start_tags(self.run_dir, line, self._get_run().data.tags)
         self._api.log_batch(self._run_id, tags=[RunTag(*tag) for tag in tags.items()])
         self._api.update_run(self._run_id, status="RUNNING")
         if line.get("data_name") and line.get("data_digest"):

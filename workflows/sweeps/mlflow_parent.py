@@ -17,8 +17,7 @@ from cvae.files import paths
 from cvae.run.directory import RunDirectory
 from cvae.tracking import mlflow_state
 from cvae.tracking.mlflow_push import Pusher
-from cvae.tracking.mlflow_store import create_store, experiment_id
-from cvae.tracking.mlflow_tags import NOTE, description
+from cvae.tracking.mlflow_store import NOTE, create_store, description, experiment_id
 from workflows.sweeps.directory import SweepDirectory, Trial, best_trial
 
 _TAG = "cvae.sweep_id"

@@ -34,7 +34,7 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from cvae.tracking.mlflow_push import Pusher  # noqa: E402
-from cvae.tracking.mlflow_tags import NOTE  # noqa: E402
+from cvae.tracking.mlflow_store import NOTE  # noqa: E402
 from tests.helpers.mlflow_runs import COMMAND, START, Run, each_once, images, points  # noqa: E402
 from tests.helpers.ranks import wait_until  # noqa: E402
 from workflows.jobs.run_facts import open_mlflow  # noqa: E402
