@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cvae import command_line
-from cvae.errors import UserError, cut, one_line, shown
+from cvae.errors import UserError, cut, did_you_mean, one_line, shown
 from tests.conftest import PROJECT_ROOT
 
 # A miniature script, which starts in a tenth of the time of a real one.
@@ -127,3 +127,18 @@ def test_no_value_is_too_large_or_too_deep_to_be_shown() -> None:
     # Freeing it all at once would overflow the stack.
     while deep:
         deep = deep.pop()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "expected"),
+    [
+        ("latent_dim", ["model.latent_dim", "model.latent"], "model.latent_dim"),
+        ("modle.latnt_dim", ["model.latent_dim", "seed"], "model.latent_dim"),
+        ("Midle", ["LOW", "Middle"], "Middle"),
+        ("demo-lr_0.003", ["demo-lr_0.03", "x-lr_1.003"], "demo-lr_0.03 or x-lr_1.003"),
+        ("zzz", ["model.latent_dim", "seed"], ""),
+        ("zzz", [], ""),
+    ],
+)
+def test_the_nearest_names_are_offered(name: str, choices: list[str], expected: str) -> None:
+    assert did_you_mean(name, choices) == (f"; did you mean {expected}?" if expected else "")

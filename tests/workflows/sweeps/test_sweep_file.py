@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cvae.config import yaml_model
 from cvae.errors import UserError
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from workflows.sweeps.driver import param_space, searcher
@@ -122,6 +123,15 @@ def test_draws_stay_in_their_ranges_and_whole_numbers_whole(tmp_path: Path) -> N
         with_values(loaded.experiment, {key: domain.sample() for key, domain in domains.items()})
 
 
+def test_the_mode_is_the_metrics_better_end_unless_it_is_given(tmp_path: Path) -> None:
+    def mode(**keys: object) -> str:
+        return yaml_model.load(sweep_file(tmp_path, GRID, **keys), Sweep).mode
+
+    assert mode() == mode(metric="val/loss") == mode(metric="val/kl") == "min"
+    assert mode(metric="val/text_gain") == "max"
+    assert mode(metric="val/text_gain", mode="min") == "min"
+
+
 @pytest.mark.parametrize("file", sorted((PROJECT_ROOT / "configs/sweeps").glob("*.yaml")))
 def test_the_shipped_sweeps_are_right(file: Path) -> None:
     loaded = load_sweep(file, [], PROJECT_ROOT)
@@ -132,8 +142,6 @@ def test_the_shipped_sweeps_are_right(file: Path) -> None:
 
 
 def test_a_sweep_reads_back_what_was_dumped(tmp_path: Path) -> None:
-    from cvae.config import yaml_model
-
     sweep = load_sweep(sweep_file(tmp_path, GRID), [], tmp_path).sweep
     (tmp_path / "dumped.yaml").write_text(yaml_model.dump(sweep, "x"))
     assert yaml_model.load(tmp_path / "dumped.yaml", Sweep) == sweep
