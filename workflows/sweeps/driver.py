@@ -105,8 +105,14 @@ def make_tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
     run = tune.with_resources(run, {"CPU": 0, "GPU": gpus_per_trial})
     # If it was killed before it saved a trial, Tune would restore an empty space.
     if tune.Tuner.can_restore(str(sweep.ray)) and ids_known_to_tune(sweep):
-        _log.info("going on with %s", sweep.name)
-        return tune.Tuner.restore(str(sweep.ray), run, resume_errored=True)
+        try:
+            tuner = tune.Tuner.restore(str(sweep.ray), run, resume_errored=True)
+        except (ImportError, AttributeError) as error:
+            # Pickled by another version of the code. A new tuner draws the same trials, whose runs go on.
+            _log.warning("Ray Tune's state cannot be read (%s); beginning a new one", error)
+        else:
+            _log.info("going on with %s", sweep.name)
+            return tuner
     shutil.rmtree(sweep.ray, ignore_errors=True)
     trial_log = TrialLog(sweep.path)
     return tune.Tuner(
@@ -143,7 +149,7 @@ def param_space(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
         for key, space in sweep.space.items()
         if space.kind in ("grid", "seeds")
     }
-    found = {key: _domain(space) for key, space in sweep.space.items() if key not in lists}
+    domains = {key: _domain(space) for key, space in sweep.space.items() if key not in lists}
     if lists:
         combinations = [
             dict(zip(reversed(lists), values, strict=True))
@@ -153,8 +159,8 @@ def param_space(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
             # ASHA compares a trial with earlier ones. If each were better than the last, as in order of
             # the learning rate, all of them would continue.
             random.Random(sweep.search.seed).shuffle(combinations)
-        found[LISTED] = tune.grid_search(combinations)
-    return found
+        domains[LISTED] = tune.grid_search(combinations)
+    return domains
 
 
 def _domain(space: Space) -> Any:

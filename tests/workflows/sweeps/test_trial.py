@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cvae.config.experiment import Experiment
 from cvae.run import checkpoint
+from tests.conftest import tiny_experiment
 from tests.helpers.trained_runs import make_run
 from workflows.sweeps import driver
 from workflows.sweeps.directory import (
@@ -16,6 +18,7 @@ from workflows.sweeps.directory import (
     run_name,
     values_of,
 )
+from workflows.sweeps.sweep_file import Sweep
 from workflows.sweeps.trial import fork
 
 
@@ -58,6 +61,21 @@ def test_a_fork_begins_from_another_runs_weights_and_is_created_once(home: Path)
     assert checkpoint.steps(fork(origin, 3, "late", other).checkpoints) == checkpoint.steps(
         origin.checkpoints
     )
+
+
+def test_a_state_of_ray_tune_that_older_code_pickled_is_begun_anew(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"name": "s", "experiment": "tiny.yaml", "space": {"seed": {"grid": [1, 2]}}}
+    experiment = Experiment.model_validate(tiny_experiment())
+    sweep = SweepDirectory.create("s", Sweep.model_validate(keys), experiment)
+    sweep.ray.mkdir()
+    (sweep.ray / "experiment_state-1.json").write_text('{"trial_id": "a"}')
+    (sweep.ray / "tuner.pkl").write_bytes(b"cworkflows.sweeps.book\nBook\n.")
+    monkeypatch.setattr(driver.tune, "with_parameters", lambda run, **parameters: run)
+    assert driver.make_tuner(sweep, 1, 1.0) is not None
+    assert "No module named 'workflows.sweeps.book'" in caplog.text
+    assert not list(sweep.ray.glob("experiment_state-*"))
 
 
 @pytest.mark.parametrize("started", [False, True])
