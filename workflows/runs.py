@@ -35,16 +35,16 @@ def parser() -> Parser:
     parser = Parser(prog="runs.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, action: Callable[[Any], int], text: str, run: bool = True) -> Parser:
+    def add(name: str, action: Callable[[Any], object], text: str, run: bool = True) -> Parser:
         command: Parser = commands.add_parser(name, help=text, description=text)
         command.set_defaults(action=action)
         if run:
             command.add_argument("run", metavar="RUN", help="name, folder, or latest")
         return command
 
-    add("list", _list, "list all runs, newest first", run=False)
-    add("show", _show, "show everything about a run, and why it failed")
-    add("path", _path, "print the run's folder")
+    add("list", lambda _: print(list_text(all_runs())), "list all runs, newest first", run=False)
+    add("show", lambda x: print(show_text(_run(x))), "show all about a run, and why it failed")
+    add("path", lambda x: print(_run(x).path), "print the run's folder")
     logs = add("logs", _logs, "print the log of a rank")
     logs.add_argument("--rank", type=int, metavar="R", help="default: 0")
     logs.add_argument("--follow", action="store_true", help="stay until the run ends")
@@ -61,28 +61,16 @@ def parser() -> Parser:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    status: int = options.action(options)
+    status: int = options.action(options) or 0
     return status
 
 
-def _list(options: Any) -> int:
-    runs = all_runs()
-    print(list_text(runs) if runs else "no runs yet; python workflows/launch.py starts one")
-    return 0
-
-
-def _show(options: Any) -> int:
-    print(show_text(RunDirectory.open(options.run)))
-    return 0
-
-
-def _path(options: Any) -> int:
-    print(RunDirectory.open(options.run).path)
-    return 0
+def _run(options: Any) -> RunDirectory:
+    return RunDirectory.open(options.run)
 
 
 def _logs(options: Any) -> int:
-    run = RunDirectory.open(options.run)
+    run = _run(options)
     last = last_submission(run)
     if last is None:
         raise UserError(f"{run.name} was never submitted, so there are no logs")
@@ -110,7 +98,7 @@ def _logs(options: Any) -> int:
 
 
 def _cancel(options: Any) -> int:
-    run = RunDirectory.open(options.run)
+    run = _run(options)
     last, state = last_submission(run), run_state(run)
     if last is None or not (state.job.alive or state.status == "unknown"):
         raise UserError(f"{run.name} is {state.status}: there is nothing to cancel")
@@ -127,7 +115,7 @@ def _cancel(options: Any) -> int:
 
 
 def _resume(options: Any) -> int:
-    run = RunDirectory.open(options.run)
+    run = _run(options)
     last = last_submission(run)
     nodes = options.nodes or (last.nodes if last and not options.gpus else 1)
     gpus = options.gpus or (last.gpus if last and not options.nodes else nodes)
@@ -153,7 +141,7 @@ def _sync(options: Any) -> int:
         mirror.sync(sweep)
         print(f"MLflow has all of {sweep.name}: {len(sweep.trials())} trials")
         return 0
-    run = RunDirectory.open(options.run)
+    run = _run(options)
     missing = mlflow_mirror.behind(run.path)
     with tqdm(total=missing, unit="line", desc="to MLflow") as bar:
         mlflow_mirror.sync(run.path, bar.update)

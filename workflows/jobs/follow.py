@@ -15,7 +15,7 @@ from slurm import attempts, job_state
 from slurm.attempts import Cause
 from slurm.cluster_file import count
 from slurm.commands import JobState
-from workflows.jobs.run_facts import epoch_text, failure_facts, mlflow_text
+from workflows.jobs.run_facts import epoch_text, failure_facts, next_facts
 from workflows.jobs.run_state import (
     RunState,
     best_epoch,
@@ -25,7 +25,7 @@ from workflows.jobs.run_state import (
     submissions,
     total_steps,
 )
-from workflows.terminal.formatting import Fact, aligned, clock, duration, shown
+from workflows.terminal.formatting import Fact, aligned, clock, duration
 from workflows.terminal.live_display import Display
 
 FINISHED, FAILED, BAD_INPUT, STOPPED, DETACHED = 0, 1, 2, 3, 130
@@ -195,7 +195,7 @@ class Follower:
 
 
 def _ending(run: RunDirectory, state: RunState) -> str:
-    """Returns how the run ended, and the commands that may be wanted next."""
+    """Returns how the run ended, and what to look at or do next."""
     lines = journal.read_outline(run.journal_file)
     total = total_steps(run)
     where = f"{run.name} at step {newest_step(lines):,}" + (f" of {total:,}" if total else "")
@@ -204,16 +204,8 @@ def _ending(run: RunDirectory, state: RunState) -> str:
     else:
         text = f"{where}: {textwrap.shorten(state.reason, 300)}"
     facts: list[Fact] = [(state.status, text)]
-    if state.status in ("failed", "died"):
-        facts += failure_facts(run)
+    facts += failure_facts(run, state)
     if (best := best_epoch(lines)) is not None:
         loss = best["metrics"]["val/loss"]
         facts.append(("val loss", f"{loss:.2f} at step {best['step']:,} (best)"))
-    if any(run.pictures.glob("*.png")):
-        facts.append(("pictures", shown(run.pictures)))
-    if any(run.checkpoints.glob("step-*")):
-        facts.append(("generate", f"python workflows/generate.py {run.name}"))
-    if state.status in ("stopped", "cancelled", "failed", "died"):
-        facts.append(("continue", f"python workflows/runs.py resume {run.name}"))
-    facts.append(("MLflow", mlflow_text(run, state)))
-    return aligned(facts)
+    return aligned([*facts, *next_facts(run, state)])

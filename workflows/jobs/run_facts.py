@@ -14,8 +14,10 @@ from workflows.jobs.run_state import RunState, last_submission, submissions
 from workflows.terminal.formatting import Fact, shown
 
 
-def failure_facts(run: RunDirectory) -> list[Fact]:
-    """Returns which rank of the last submission failed first, with the end of its log."""
+def failure_facts(run: RunDirectory, state: RunState) -> list[Fact]:
+    """Returns, for a run that failed, which rank of the last submission failed first and the end of its log."""
+    if state.status not in ("failed", "died"):
+        return []
     last = last_submission(run)
     failure = first_failure(run.logs, last.job_id) if last else None
     if failure is None:
@@ -46,7 +48,19 @@ def code_text(run: RunDirectory) -> str:
     return f"{last}; the run began with {first}:\ndiff -r {shown(first.root)} {shown(last.root)}"
 
 
-def mlflow_text(run: RunDirectory, state: RunState) -> str:
+def next_facts(run: RunDirectory, state: RunState) -> list[Fact]:
+    """Returns where the run's pictures and metrics are, and which commands generate images or continue it."""
+    facts: list[Fact] = []
+    if any(run.pictures.glob("*.png")):
+        facts.append(("pictures", shown(run.pictures)))
+    if any(run.checkpoints.glob("step-*")):
+        facts.append(("generate", f"python workflows/generate.py {printable(run.name)}"))
+    if state.status in ("stopped", "cancelled", "failed", "died"):
+        facts.append(("continue", f"python workflows/runs.py resume {printable(run.name)}"))
+    return [*facts, ("MLflow", _mlflow(run, state))]
+
+
+def _mlflow(run: RunDirectory, state: RunState) -> str:
     """Returns how to open MLflow and, if it lacks lines of the journal, how to send them."""
     try:
         missing = behind(run.path)

@@ -16,7 +16,7 @@ from slurm import job_state
 from slurm.cluster_file import count
 from slurm.commands import JobState
 from slurm.job_state import Submission
-from workflows.jobs.run_facts import epoch_text, failure_facts, mlflow_text
+from workflows.jobs.run_facts import epoch_text, failure_facts, next_facts
 from workflows.jobs.run_state import (
     NO_JOB,
     RunState,
@@ -41,6 +41,8 @@ _NOTICES_SHOWN = 10
 
 def list_text(runs: list[RunDirectory]) -> str:
     """Returns a table of runs, and below it a line for each that cannot be read."""
+    if not runs:
+        return "no runs yet; python workflows/launch.py starts one"
     rows: list[_Row] = []
     notes = []
     for run in runs:
@@ -113,8 +115,7 @@ def show_text(run: RunDirectory) -> str:
         ("status", f"{state.status}: {state.reason}" if state.reason else state.status),
         *damage,
     ]
-    if state.status in ("failed", "died"):
-        facts += failure_facts(run)
+    facts += failure_facts(run, state)
     if experiment is not None:
         facts += _experiment(run, experiment)
     trained = duration(journal.training_seconds(lines))
@@ -122,15 +123,12 @@ def show_text(run: RunDirectory) -> str:
     facts += [("submitted", _submission(entry)) for entry in entries]
     if entries and (attempts := attempt_lines(run, lines, state.job)):
         facts.append(("attempts", "\n".join(attempts)))
-    if state.status in ("failed", "died", "stopped", "cancelled"):
-        facts.append(("continue", f"python workflows/runs.py resume {printable(run.name)}"))
     facts += _journal_facts(lines)
     facts += _checkpoints(run)
     notices = [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]
     if notices:
         facts.append(("notices", "\n".join(notices[-_NOTICES_SHOWN:])))
-    facts += [("pictures", shown(run.pictures)), ("logs", shown(run.logs))]
-    return aligned([*facts, ("MLflow", mlflow_text(run, state))])
+    return aligned([*facts, ("logs", shown(run.logs)), *next_facts(run, state)])
 
 
 def _experiment(run: RunDirectory, experiment: Experiment) -> list[Fact]:
