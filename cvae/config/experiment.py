@@ -152,15 +152,14 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Model":
-        if self.standardize_condition and self.condition != "text":
-            raise ValueError(
-                f"model.standardize_condition = true is for model.condition = 'text', not"
-                f" {self.condition!r}"
-            )
-        if self.prior == "text" and self.condition != "text":
-            raise ValueError(
-                f"model.prior = 'text' needs model.condition = 'text', not {self.condition!r}"
-            )
+        for setting, is_set in (
+            ("model.standardize_condition = true", self.standardize_condition),
+            ("model.prior = 'text'", self.prior == "text"),
+        ):
+            if is_set and self.condition != "text":
+                raise ValueError(
+                    f"{setting} needs model.condition = 'text', not {self.condition!r}"
+                )
         if self.backbone == "mlp" and self.is_spatial:
             raise ValueError(
                 "model.latent = 'spatial' needs feature maps, which model.backbone = 'mlp' has not;"
@@ -197,7 +196,7 @@ class Optimizer(Strict):
     betas: Annotated[tuple[float, float], FromList] = (0.9, 0.999)
     """Adam's decay rates of the gradient's first and second moment."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled (AdamW); 0 is plain Adam."""
+    """Decoupled weight decay (AdamW); 0 is plain Adam."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up; cosine and linear decay to 0."""
     warmup_steps: Count = 0
