@@ -10,14 +10,14 @@ def model_folder(
     source: str,
     complete: Callable[[Path], bool],
     wanted: Callable[[set[str]], list[str]],
-    where: str,
+    subject: str,
     otherwise: str = "",
 ) -> Path:
     """Returns `source` if it is a folder, else the local folder of that hub model, downloaded if need be.
 
     complete: returns whether a cached folder, perhaps of a killed download, holds what is needed. wanted:
-    returns, for the names of a repository's files, the patterns of those to download. where and otherwise:
-    begin and end of the message of the UserError that is raised if the model is unavailable.
+    returns, for the names of a repository's files, the patterns of those to download. Raises UserError, whose
+    message begins with `subject` and ends with `otherwise`, if the model is unavailable.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -32,11 +32,11 @@ def model_folder(
         files = {file.rfilename for file in HfApi().model_info(source, timeout=10).siblings or ()}
         return Path(snapshot_download(source, allow_patterns=wanted(files)))
     except HFValidationError:
-        raise UserError(f"{where}: there is no such folder") from None
+        raise UserError(f"{subject}: there is no such folder") from None
     except Exception as error:  # the exceptions differ between releases of the hub's client
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{where} is neither here nor to be had from the Hugging Face hub ({reason}); on a machine"
+            f"{subject} is neither here nor to be had from the Hugging Face hub ({reason}); on a machine"
             f" with network run: hf download {source} --local-dir DIR, copy DIR here and give its path"
             f" instead of the name{otherwise}"
         ) from None

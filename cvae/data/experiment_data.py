@@ -62,11 +62,11 @@ def _mean_and_std(
     size = max(1, _CHUNK // dim)
     for start in range(0, len(rows), size):
         chunk = vectors[rows[start : start + size]].astype(np.float64)
-        count, own = len(chunk), chunk.mean(0)
+        count, chunk_mean = len(chunk), chunk.mean(0)
         # Combines two sets' sums of squared deviations (Chan, Golub and LeVeque 1983).
-        apart = own - mean
-        squares += ((chunk - own) ** 2).sum(0) + apart**2 * (seen * count / (seen + count))
-        mean += apart * (count / (seen + count))
+        delta = chunk_mean - mean
+        squares += ((chunk - chunk_mean) ** 2).sum(0) + delta**2 * (seen * count / (seen + count))
+        mean += delta * (count / (seen + count))
         seen += count
     std = np.sqrt(squares / seen).astype(np.float32)
     return mean.astype(np.float32), np.where(std > 0, std, np.float32(1))

@@ -96,16 +96,17 @@ class ImageParts(Parts):
 
 
 def _decode_part(task: tuple[Path, Path, list[str], int, bool]) -> int:
+    """Decodes and writes one part; returns its number of files."""
     part, folder, files, image_size, crop = task
-    images, kept, skipped = [np.empty((0, 3, image_size, image_size), np.uint8)], [], []
+    images, decoded, skipped = [np.empty((0, 3, image_size, image_size), np.uint8)], [], []
     for index, name in enumerate(files):
         try:
             images.append(decode(folder / name, image_size, crop)[None])
-            kept.append(index)
+            decoded.append(index)
         except Unreadable as error:
             skipped.append({"file": name, "reason": str(error)})
     save_part(part.with_suffix(".npy"), np.concatenate(images))
-    report = json.dumps({"kept": kept, "skipped": skipped}, ensure_ascii=False)
+    report = json.dumps({"kept": decoded, "skipped": skipped}, ensure_ascii=False)
     write_atomically(part.with_suffix(".json"), report)
     return len(files)
 
