@@ -19,10 +19,7 @@ from cvae.preparation.parts import Parts, parts_folder, run_parallel, save_part
 PART = 512
 _PART_BYTES = 128 << 20  # a worker holds two parts in memory
 # By `crop`. Part of a store's identity.
-RESIZE = {
-    False: "whole image, bicubic",
-    True: "centre square of the shorter side, bicubic",
-}
+RESIZE = {False: "whole image, bicubic", True: "centre square of the shorter side, bicubic"}
 
 
 class Unreadable(Exception):
