@@ -95,7 +95,8 @@ class ImageParts(Parts):
 def _decode_part(task: tuple[Path, Path, list[str], int, bool]) -> int:
     """Decodes and writes one part; returns its number of files."""
     part, folder, files, image_size, crop = task
-    images, decoded, skipped = [np.empty((0, 3, image_size, image_size), np.uint8)], [], []
+    images: list[NDArray[np.uint8]] = [np.empty((0, 3, image_size, image_size), np.uint8)]
+    decoded, skipped = [], []
     for index, name in enumerate(files):
         try:
             images.append(decode(folder / name, image_size, crop)[None])

@@ -17,8 +17,8 @@ FIRST_VAL_ID = 1_000_001  # far behind the train ids, so that train may grow wit
 _OVERSAMPLING = 4
 
 # The words for each shape, size and place; captions choose among them at random.
-SHAPES = {name: (name,) for name in ("circle", "square", "triangle", "star", "heart")}
-SHAPES["circle"] = ("circle", "circle", "disc")
+SHAPES: dict[str, tuple[str, ...]] = {"circle": ("circle", "circle", "disc")}
+SHAPES |= {name: (name,) for name in ("square", "triangle", "star", "heart")}
 COLOURS = {
     "red": (226, 30, 45),
     "orange": (255, 130, 10),

@@ -265,9 +265,9 @@ def test_an_encoder_that_cannot_be_had_says_how_to_place_it(
 def test_bf16_moves_a_vector_by_little_and_is_another_encoder(small_bert: str) -> None:
     exact, rounded = load_encoder(small_bert), load_encoder(small_bert, "bf16")
     captions = ["a dog", "two red buses on a street", "a very old clock tower with a round top"]
-    wanted, found = exact.encode(captions), rounded.encode(captions)
-    moved = np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert found.dtype == np.float32
+    in_fp32, in_bf16 = exact.encode(captions), rounded.encode(captions)
+    moved = np.linalg.norm(in_bf16 - in_fp32, axis=1) / np.linalg.norm(in_fp32, axis=1)
+    assert in_bf16.dtype == np.float32
     assert (moved > 0).all()
     assert (moved < 0.02).all()
     assert rounded.difference(exact.entry()) == "bf16 instead of fp32"

@@ -38,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.breaks: list[int] = []
         self.ranges = True
         self.slow = False
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
 
     @property
     def url(self) -> str:
@@ -53,16 +53,16 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(found.group(1)) if found and self.server.ranges else 0
-        self.server.asked.append((self.path.rpartition("/")[2], start))
+        range_header = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(range_header.group(1)) if range_header and self.server.ranges else 0
+        self.server.requests.append((self.path.rpartition("/")[2], start))
         if start >= len(content) > 0 and start:
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.send_response(206 if found and self.server.ranges else 200)
+        self.send_response(206 if range_header and self.server.ranges else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         rest = content[start:]
@@ -95,9 +95,9 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server: Server, tmp_path
     server.files["x.bin"], server.breaks = CONTENT, [100_000, 0, 1, 65_000]
     fetch(f"{server.url}/x.bin", tmp_path / "x.bin", MD5, "or not")
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
-    assert [start for _, start in server.asked] == [0, 100_000, 100_000, 100_001, 165_001]
+    assert [start for _, start in server.requests] == [0, 100_000, 100_000, 100_001, 165_001]
     fetch(f"{server.url}/x.bin", tmp_path / "x.bin", MD5, "or not")
-    assert len(server.asked) == 5
+    assert len(server.requests) == 5
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
@@ -111,7 +111,7 @@ def test_a_server_that_gives_up_keeps_what_came(server: Server, tmp_path: Path) 
     assert partial_file(path).stat().st_size == 50_000
     server.breaks = []
     fetch(f"{server.url}/x.bin", path, MD5, "or not")
-    assert server.asked[-1] == ("x.bin", 50_000)
+    assert server.requests[-1] == ("x.bin", 50_000)
     assert path.read_bytes() == CONTENT
 
 
@@ -159,11 +159,13 @@ def published(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 for file in sorted((root / folder).iterdir()):
                     archive.write(file, f"{folder}/{file.name}")
         server.files[path] = content.getvalue()
-        told = Archive(path, len(content.getvalue()), hashlib.md5(content.getvalue()).hexdigest())
+        published_archive = Archive(
+            path, len(content.getvalue()), hashlib.md5(content.getvalue()).hexdigest()
+        )
         if folders == ["annotations"]:
-            monkeypatch.setattr(coco_download, "ANNOTATIONS", told)
+            monkeypatch.setattr(coco_download, "ANNOTATIONS", published_archive)
         else:
-            monkeypatch.setitem(coco_download.IMAGES, folders[0], told)
+            monkeypatch.setitem(coco_download.IMAGES, folders[0], published_archive)
     (root / "annotations" / "instances_val2017.json").unlink()  # not unpacked
     return root
 
@@ -183,10 +185,10 @@ def test_archives_are_fetched_and_unpacked_once(
     assert sorted(os.listdir(root)) == [".download.lock", "annotations", "val2017"]
     download_coco(root, ["train2017", "val2017"], server.url)
     assert visible(root) == contents(published)
-    asked = len(server.asked)
+    requests = len(server.requests)
     download_coco(root, ["train2017", "val2017"], server.url)
-    assert len(server.asked) == asked
-    fetched = {name for name, start in server.asked if start == 0}
+    assert len(server.requests) == requests
+    fetched = {name for name, start in server.requests if start == 0}
     assert fetched == {"train2017.zip", "val2017.zip", "annotations_trainval2017.zip"}
 
 
@@ -212,20 +214,20 @@ def test_one_command_from_nothing_to_a_store(
     assert {name: len(store.split(name)) for name in ("train", "val")} == {"train": 40, "val": 10}
 
 
-def _download(root: Path, url: str, told: tuple[Archive, dict[str, Archive]]) -> None:
-    coco_download.ANNOTATIONS, coco_download.IMAGES = told
+def _download(root: Path, url: str, archives: tuple[Archive, dict[str, Archive]]) -> None:
+    coco_download.ANNOTATIONS, coco_download.IMAGES = archives
     download_coco(root, ["train2017", "val2017"], url)
 
 
 def test_killed_at_any_moment_it_goes_on(server: Server, published: Path, tmp_path: Path) -> None:
     root = tmp_path / "coco"
-    told = (coco_download.ANNOTATIONS, dict(coco_download.IMAGES))
+    archives = (coco_download.ANNOTATIONS, dict(coco_download.IMAGES))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.cvae.preparation.test_download"])
     server.slow = True
     sizes = []
     for count in (3, 12, 30, 48):  # of files there, parts of archives counted by 8 kB
-        process = context.Process(target=_download, args=(root, server.url, told))
+        process = context.Process(target=_download, args=(root, server.url, archives))
         process.start()
         while process.is_alive() and _progress(root) < count:
             pass

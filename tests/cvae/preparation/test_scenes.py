@@ -141,12 +141,12 @@ def test_the_demo_goes_the_way_of_coco(
     part = root / "parts" / "train2017-00002"
     part.unlink()
     (root / "train2017" / "000000000040.jpg").write_bytes(b"half a pict")
-    kept = (root / "train2017" / "000000000001.jpg").stat().st_mtime_ns
+    drawn_at = (root / "train2017" / "000000000001.jpg").stat().st_mtime_ns
     (path / "manifest.json").unlink()
     prepare_scenes(60, text_encoder=small_bert)
     assert contents(path) == before
     assert contents(root) == pictures
-    assert (root / "train2017" / "000000000001.jpg").stat().st_mtime_ns == kept
+    assert (root / "train2017" / "000000000001.jpg").stat().st_mtime_ns == drawn_at
 
 
 def test_killed_between_the_last_picture_and_the_captions(
