@@ -104,8 +104,7 @@ def diagnose(
     elif failure := first_failure(folder, job_id):
         return failure.end
     else:
-        killed = [number.name for number in signal.Signals if number == status - 128]
-        return AttemptEnd(Cause.CRASH, signals=tuple(killed), exit_status=status)
+        return AttemptEnd(Cause.CRASH, signals=signals_of(status - 128), exit_status=status)
     return replace(end, cause=cause)
 
 
@@ -148,6 +147,11 @@ def logged_end(folder: Path, job_id: str) -> tuple[str, str]:
     return next(filter(None, reversed(states)), ""), ""
 
 
+def signals_of(number: int) -> tuple[str, ...]:
+    """Returns the name of a signal in a tuple; () if there is no such signal."""
+    return tuple(one.name for one in signal.Signals if one == number)
+
+
 def tail(log: Path, lines: int) -> list[str]:
     """Returns the last lines of a file, without those of submitit's own; [] if it cannot be read."""
     try:
@@ -180,8 +184,9 @@ def _rank_failure(folder: Path, job_id: str) -> AttemptEnd | None:
 
 
 def _rank_ends(folder: Path, job_id: str) -> list[AttemptEnd]:
-    """Returns the ranks that ended badly, in the order in which srun or the local controller saw it."""
+    """Returns the ranks that ended badly, in the order in which srun saw it."""
     rows = []
+    # The controllers of older local jobs used srun's words, and reported nothing.
     controller, srun = folder / CONTROLLER_LOG, log_file(folder, job_id, 0)
     if controller.exists():
         pattern = rf"^job {job_id}: ()task (\d+): (.+)$"
@@ -204,16 +209,22 @@ def _rank_end(node: str, rank: int, words: str) -> AttemptEnd:
 
 
 def _rank_reports(folder: Path, job_id: str) -> list[AttemptEnd]:
-    """Returns what the ranks reported that could still do so: causes before consequences, in the order of time."""
+    """Returns what ranks, or a local job's controller, reported: causes first, and killed ranks before others."""
     reports = []
     for file in failure_files(folder, job_id):
         with suppress(OSError, ValueError, KeyError):
             report = json.loads(file.read_text())
-            cause = Cause.BAD_INPUT if report.get("bad_input") else Cause.CRASH
-            end = AttemptEnd(cause, report["host"], report["rank"], message=report["error"])
+            end = AttemptEnd(
+                Cause.BAD_INPUT if report.get("bad_input") else Cause.CRASH,
+                report["host"],
+                report["rank"],
+                tuple(report.get("signals", ())),
+                report.get("exit_status"),
+                message=report["error"],
+            )
             is_consequence = _CONSEQUENCE.search(end.message) is not None
-            reports.append((is_consequence, report["time"], report["rank"], end))
-    return [end for *_, end in sorted(reports, key=lambda report: report[:3])]
+            reports.append((is_consequence, not end.signals, report["time"], end.rank, end))
+    return [end for *_, end in sorted(reports, key=lambda report: report[:4])]
 
 
 def failure_files(folder: Path, job_id: str) -> list[Path]:

@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
-from slurm.attempts import Cause
+from cvae.files.paths import write_atomically
+from slurm.attempts import Cause, failure_file
 from slurm.commands import JobState
-from slurm.failure_diagnosis import CONTROLLER_LOG
+from slurm.failure_diagnosis import CONTROLLER_LOG, signals_of
 from slurm.supervision import AttemptLog, Supervision
 
 # For the other ranks to finish writing after one has failed. MLflow's mirror is a process of its own and goes on.
@@ -129,13 +130,21 @@ class _Controller(Controller):  # type: ignore[misc]
                 if code is not None:
                     del running[rank]
                 if code:
-                    # In srun's words, which failure_diagnosis.py reads.
-                    how = f"Exited with exit code {code}" if code > 0 else signal.strsignal(-code)
-                    print(f"job {self.pid}: task {rank}: {how}", flush=True)
+                    self._report_failure(rank, code)
                     deadline = min(deadline, time.monotonic() + patience_s)
                     status = status or code
             time.sleep(_POLL_S)
         return status
+
+    def _report_failure(self, rank: int, code: int) -> None:
+        """Reports that a rank has failed, unless the rank has done so itself."""
+        signals = signals_of(-code)
+        print(f"job {self.pid}: rank {rank} failed: {', '.join(signals) or code}", flush=True)
+        file = failure_file(self.folder, self.pid, rank)
+        if not file.exists():
+            report = {"time": time.time(), "rank": rank, "host": os.uname().nodename, "error": ""}
+            report |= {"signals": signals, "exit_status": None if signals else code}
+            write_atomically(file, json.dumps(report))
 
 
 def _job_id(pid: int, suffix: str) -> str:

@@ -169,6 +169,12 @@ def test_how_a_rank_ended_in_words(tmp_path: Path, log: str, how: str) -> None:
     assert end.out_of_memory == how.startswith("out of memory")
 
 
+def test_the_words_of_an_older_local_controller_are_read(tmp_path: Path) -> None:
+    log = tmp_path / "controller.out"
+    log.write_text(f"=== try 1 on n1\njob {JOB}: task 1: Killed\njob 13: task 0: Killed\n")
+    assert diagnose(tmp_path, JOB, -9) == AttemptEnd(Cause.CRASH, rank=1, signals=("SIGKILL",))
+
+
 SETUP = "the line 'module load cuda/99' failed with status 1"
 
 
