@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cvae.config.experiment import Experiment
@@ -19,27 +18,13 @@ from slurm.attempts import Attempt
 from slurm.cluster_file import Place, Placement
 from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
+from tests.helpers.ranks import slurm_rank
 from tests.testcluster import Cluster
 from workflows import runs
 from workflows.jobs.run_state import last_submission
 from workflows.jobs.submission import submit_new
 
 pytestmark = pytest.mark.cluster
-
-
-def rank_process(run: RunDirectory, rank: int) -> psutil.Process:
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-            # srun's command line has all of a rank's in it.
-            ours = words[1:4] == ["-u", "-m", "submitit.core._submit"] and words[-1] == str(
-                run.logs
-            )
-            if ours and process.environ().get("SLURM_PROCID") == str(rank):
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError(f"no rank {rank}")
 
 
 def attempts_of(run: RunDirectory) -> list[Attempt]:
@@ -117,7 +102,7 @@ def test_preempted_crashed_and_cancelled(
     assert lines(run, "start")[-1]["step"] == stopped["step"], "not a step was lost"
 
     killed = time.time()
-    rank_process(run, 1).send_signal(signal.SIGKILL)
+    slurm_rank(run, 1).send_signal(signal.SIGKILL)
     until(lambda: len(attempts_of(run)) == 3)
     assert (attempts_of(run)[1].ended or 0) - killed < 60
     until_trained(run, 3)

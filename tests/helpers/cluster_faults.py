@@ -1,4 +1,4 @@
-"""What the campaign does to a run. Each injection returns how the broken part is repaired."""
+"""The faults that the campaign injects into a run. Each returns a function that repairs the broken part."""
 
 import os
 import random
@@ -18,8 +18,7 @@ from cvae.errors import UserError
 from cvae.run.directory import RunDirectory
 from slurm import attempts
 from slurm.commands import Slurm
-from tests.cluster.test_life_cycle import rank_process
-from tests.helpers.ranks import lines
+from tests.helpers.ranks import lines, slurm_rank
 from tests.testcluster import Cluster
 from tests.testcluster.hosts import ClusterError
 from workflows import runs
@@ -50,7 +49,7 @@ class MlflowServer:
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
         (self.home / "server.pid").write_text(str(self.process.pid))
-        # Killed while it makes its tables, MLflow leaves a database that never works again.
+        # If it is killed while it makes its tables, MLflow leaves a database that never works again.
         deadline = time.monotonic() + 60
         while not self._answers():
             assert time.monotonic() < deadline, "MLflow's server does not start"
@@ -69,7 +68,7 @@ class MlflowServer:
 
 
 class Field:
-    """The run that faults strike, with the cluster and the server that it uses."""
+    """The run that gets the faults, with its cluster and MLflow server."""
 
     def __init__(
         self, cluster: Cluster, run: RunDirectory, server: MlflowServer, dice: random.Random
@@ -81,10 +80,10 @@ class Field:
         self.job_id = submission.job_id
         self.slurm = Slurm(str(cluster.slurm_conf))
         self.acted = 0.0
-        """When the last fault struck; unix seconds."""
+        """The time of the last fault, in unix seconds."""
 
     def has_noticed(self, since: float) -> bool:
-        """Whether the present attempt has been given up, by the run or by SLURM."""
+        """Whether the run or SLURM has ended the present attempt."""
         ended = [one.ended or 0.0 for one in attempts.read(self.run.logs, self.job_id)]
         ends = [line["time"] for line in lines(self.run, "end")]
         return (
@@ -93,7 +92,7 @@ class Field:
         )
 
     def has_trained_since(self, when: float) -> bool:
-        """Whether it has trained on for some seconds, so that a watchdog would have ended it by now."""
+        """Whether the run has trained for some seconds more, after which a watchdog would have ended it."""
         return any(line["time"] > when + 5 for line in lines(self.run, "step"))
 
     def wait_for_checkpoint(self) -> None:
@@ -111,7 +110,7 @@ class Field:
 class Fault(NamedTuple):
     inject: Callable[[Field], Heal]
     restarts: bool | None = True
-    """Whether the run has to begin anew; None: it may, or may sit it out."""
+    """Whether the run has to restart; None if it may restart or wait."""
     seen: Callable[[Field, float], bool] = lambda field, since: True
 
 
@@ -120,12 +119,12 @@ def _nothing() -> None:
 
 
 def _kill_rank(field: Field) -> Heal:
-    rank_process(field.run, field.rank()).send_signal(signal.SIGKILL)
+    slurm_rank(field.run, field.rank()).send_signal(signal.SIGKILL)
     return _nothing
 
 
 def _stop_rank(field: Field) -> Heal:
-    rank_process(field.run, field.rank()).send_signal(signal.SIGSTOP)
+    slurm_rank(field.run, field.rank()).send_signal(signal.SIGSTOP)
     return _nothing
 
 
@@ -141,7 +140,7 @@ def _cut_link(field: Field) -> Heal:
 
     def heal() -> None:
         node.heal_link()
-        # Its slurmd would report within a minute.
+        # By itself slurmd would report within a minute.
         with suppress(ClusterError):
             node.kill_slurmd()
         node.start_slurmd()
@@ -176,7 +175,7 @@ def _time_limit(field: Field) -> Heal:
 
 
 def _kill_while_saving(field: Field) -> Heal:
-    process, deadline = rank_process(field.run, 0), time.monotonic() + 60
+    process, deadline = slurm_rank(field.run, 0), time.monotonic() + 60
     while time.monotonic() < deadline:
         if any(field.run.checkpoints.glob(".step-*.new")):
             break
@@ -186,7 +185,7 @@ def _kill_while_saving(field: Field) -> Heal:
 
 
 def _corrupt_newest(field: Field) -> Heal:
-    process = rank_process(field.run, 0)
+    process = slurm_rank(field.run, 0)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     newest = max(field.run.checkpoints.glob("step-*")) / "model.safetensors"
@@ -260,7 +259,7 @@ FAULTS = {
 
 
 DISKS = {"disk": 256, "small": 4}
-"""File systems of their own, in MB: the runs' folder, and one for checkpoints, which a filler soon makes full."""
+"""Separate file systems and their MB: for the runs, and for checkpoints, small enough to be filled."""
 
 
 def mount_disks(home: Path) -> None:
@@ -275,12 +274,12 @@ def mount_disks(home: Path) -> None:
 
 
 def _freeze(folder: Path, how: str) -> None:
-    """Lets every write wait, in the kernel, on all hosts: so a network file system behaves that fails over."""
+    """Blocks every write in the kernel, on all hosts, like a network file system that fails over."""
     subprocess.run(["fsfreeze", how, str(folder)], check=True, capture_output=True)
 
 
 def add_scontrol(home: Path) -> None:
-    """Puts a scontrol on PATH that refuses the next requeue if the file `refuse` is there."""
+    """Puts a scontrol on PATH that refuses the next requeue if the file `refuse` exists."""
     script = home / "bin" / "scontrol"
     script.parent.mkdir()
     script.write_text(
@@ -297,7 +296,7 @@ exec {shutil.which("scontrol")} "$@"
 
 
 def clean_up(home: Path) -> None:
-    """Ends what the campaign has started outside the cluster."""
+    """Ends the processes that the campaign has started outside the cluster."""
     with suppress(OSError, ValueError):
         os.killpg(int((home / "server.pid").read_text()), signal.SIGKILL)
     os.environ["CVAE_HOME"] = str(home)
@@ -309,7 +308,7 @@ def clean_up(home: Path) -> None:
 
 
 def thaw(home: Path) -> None:
-    """No process can be ended that waits for a frozen file system."""
+    """Unfreezes the file systems, because no process that waits for one can be ended."""
     for name in DISKS:
         with suppress(subprocess.CalledProcessError):
             _freeze(home / name, "--unfreeze")

@@ -1,4 +1,4 @@
-"""What the jobs of these tests run in their ranks: no model, no torch, quick to start."""
+"""Functions that jobs of tests run in their ranks, without a model and without torch, so that they start fast."""
 
 import json
 import os
@@ -25,12 +25,12 @@ def report(folder: Path) -> None:
 
 
 def wait(folder: Path) -> None:
-    """Until SIGTERM; then takes a moment to save."""
+    """Waits for SIGTERM; then takes a moment to save."""
     stopped: list[Any] = []
     signal.signal(signal.SIGTERM, lambda *arguments: stopped.append(arguments))
     rank = os.environ["RANK"]
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    deadline = time.monotonic() + 120  # should the test have failed
+    deadline = time.monotonic() + 120  # in case the test has failed
     while not stopped and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
@@ -38,13 +38,13 @@ def wait(folder: Path) -> None:
 
 
 def sleep(folder: Path) -> None:
-    """Saves nothing on SIGTERM: dies."""
+    """Dies of SIGTERM without saving."""
     (folder / f"pid-{os.environ['RANK']}").touch()
     time.sleep(120)
 
 
 def last_dies(folder: Path) -> None:
-    """The last rank is killed as by the kernel for its memory; the others would wait for it."""
+    """Kills the last rank with SIGKILL, like the kernel's out-of-memory killer; the others would wait for it."""
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(120)
@@ -55,7 +55,7 @@ def refuse(folder: Path) -> None:
 
 
 def second_raises(folder: Path) -> None:
-    """Rank 1 is the cause; rank 0 notices the consequence a little earlier by its own clock."""
+    """Fails in rank 1; rank 0 reports the consequence a little earlier by its own clock."""
     if os.environ["RANK"] == "0":
         raise RuntimeError("gloo: Connection closed by peer")
     time.sleep(0.3)
@@ -67,7 +67,7 @@ def unhappy(folder: Path) -> Result:
 
 
 def stumble(folder: Path) -> None:
-    """Gets a step further each time, and dies after the first two."""
+    """Gets one step further at each attempt, and dies in the first two."""
     done = len(list(folder.glob("step-*")))
     (folder / f"step-{done}").write_text(os.environ.get("CVAE_RESTARTED", ""))
     if done < 2:
@@ -79,7 +79,7 @@ def segfault(folder: Path) -> None:
 
 
 def hoard(folder: Path) -> None:
-    """More than the host has, as far as this process is concerned."""
+    """Allocates more memory than this process may have."""
     import resource
 
     import torch

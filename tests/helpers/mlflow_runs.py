@@ -1,4 +1,4 @@
-"""Run directories as a trainer would leave them, and what MLflow's database holds of them."""
+"""Makes run directories as training would leave them, and reads their points from MLflow's database."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ START = {
 
 
 class Run:
-    """A run directory and the journal that a trainer would write there."""
+    """A run directory with the journal that training would write."""
 
     def __init__(self, home: Path, name: str) -> None:
         self.path = home / "runs" / name
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def acknowledged(self) -> int:
-        """Bytes of the journal."""
+        """The bytes of the journal that the mirror has sent."""
         file = self.path / "mlflow.json"
         return int(json.loads(file.read_text())["offset"]) if file.exists() else 0
 

@@ -1,4 +1,4 @@
-"""Starts ranks on this machine as a job does: one process each, found by torch's environment variables."""
+"""Starts ranks on this machine as a job does: one process each, with torch's environment variables."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ def free_port() -> int:
 
 
 def start_python(arguments: list[str], world_size: int) -> Processes:
-    """Starts `python arguments` as each of the ranks, in the project's folder."""
+    """Starts `python arguments` once per rank, in the project's folder; returns the processes."""
     common = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),

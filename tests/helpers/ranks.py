@@ -1,6 +1,6 @@
-"""Real ranks on this machine: one process each, found by torch's environment variables.
+"""Trains runs on real ranks on this machine, and reads their journals.
 
-`python -m tests.helpers.ranks RUN_PATH PORT [RUN_PATH PORT …]` is what each of them runs.
+Each rank runs `python -m tests.helpers.ranks RUN_PATH PORT [RUN_PATH PORT …]`.
 """
 
 import os
@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from cvae.config.experiment import Experiment
 from cvae.errors import UserError
@@ -19,13 +21,13 @@ _PATIENCE_S = 120
 
 
 def start(run: RunDirectory, world_size: int, *more: RunDirectory) -> Processes:
-    """more: runs that the same processes train afterwards, as starting them takes longer than training."""
+    """Starts ranks that train `run`, and then `more` runs: starting processes takes longer than training."""
     words = [word for one in (run, *more) for word in (str(one.path), str(free_port()))]
     return start_python(["-m", "tests.helpers.ranks", *words], world_size)
 
 
 def finish(processes: Processes, patience_s: float = _PATIENCE_S) -> list[str]:
-    """What each rank printed; fails where one of them takes longer than that, two minutes."""
+    """Returns what each rank printed. Kills all and raises TimeoutExpired if one takes longer."""
     try:
         return [process.communicate(timeout=patience_s)[0] for process in processes]
     finally:
@@ -35,6 +37,22 @@ def finish(processes: Processes, patience_s: float = _PATIENCE_S) -> list[str]:
 
 def train(run: RunDirectory, world_size: int, *more: RunDirectory) -> list[str]:
     return finish(start(run, world_size, *more))
+
+
+def slurm_rank(run: RunDirectory, rank: int) -> psutil.Process:
+    """Returns the process of a run's rank that SLURM has started on one of the test cluster's hosts."""
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            # srun's command line has all of a rank's in it.
+            ours = words[1:4] == ["-u", "-m", "submitit.core._submit"] and words[-1] == str(
+                run.logs
+            )
+            if ours and process.environ().get("SLURM_PROCID") == str(rank):
+                return process
+        except psutil.Error:
+            continue
+    raise AssertionError(f"no rank {rank}")
 
 
 def wait_for_step(run: RunDirectory, step: int) -> None:
@@ -65,7 +83,7 @@ def new_run(name: str, plain: dict[str, object]) -> RunDirectory:
 
 
 def weights(run: RunDirectory) -> dict[str, bytes]:
-    """The last checkpoint's files, byte by byte."""
+    """Returns the content of the last checkpoint's files by name."""
     last = sorted(run.checkpoints.glob("step-*"))[-1]
     return {file.name: file.read_bytes() for file in sorted(last.iterdir())}
 

@@ -1,4 +1,4 @@
-"""A site in miniature: SLURM's commands as scripts on PATH, each of ."""
+"""An imitation of a site: SLURM's commands as scripts on PATH, whose output a test sets."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Site:
             self.says(name)
 
     def says(self, command: str, *cases: str) -> None:
-        """cases: of a shell's `case`, matched against the arguments, as '*requeue*) exit 1;;'."""
+        """Sets a command's behaviour. cases: of a shell's `case` on the arguments, like '*requeue*) exit 1;;'."""
         body = "\n".join([*cases, "*) exit 0;;"])
         script = self.folder / command
         script.write_text(
@@ -31,7 +31,7 @@ class Site:
         script.chmod(0o755)
 
     def fails(self, command: str, words: str, times: int = 10**6, only: str = "*") -> None:
-        """The command says `words` and fails, `times` times; then it says nothing and succeeds."""
+        """Lets the command print `words` and fail, `times` times; after that it succeeds silently."""
         count = f"$(grep -c '^{command} {only.strip('*')}' {self._asked})"
         self.says(
             command, f'{only}) [ {count} -gt {times} ] || {{ echo "{words}" >&2; exit 1; }};;'
@@ -51,7 +51,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site(tmp_path / "site")
-    # What a shell needs, and no SLURM that may be installed here.
+    # The programs that a shell needs, without a SLURM that may be installed here.
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("sh", "bash", "cat", "grep", "sleep", "kill", "env"):

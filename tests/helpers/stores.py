@@ -1,4 +1,4 @@
-"""The manifest of a store that a test has written by hand: what the product then opens like any other."""
+"""Writes the manifest of a store that a test has made, so that it opens like a prepared one."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def write_manifest(
 ) -> None:
     """Writes manifest.json for the files under root, whose name is <dataset>-<image size>.
 
-    shape: channels and image size. counts: images and captions of each split. text_dim: of the vectors of the
-    encoder "toy", if there are any.
+    shape: channels and image size. counts: images and captions of each split. text_dim: dimension of the vectors
+    of the encoder "toy"; None without text.
     """
     splits = {}
     for name, (images, captions) in counts.items():

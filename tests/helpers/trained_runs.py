@@ -1,4 +1,4 @@
-"""Runs that look trained: real run directories with a checkpoint of fresh weights, over tiny stores."""
+"""Makes runs that look trained: real run directories with a checkpoint of initial weights, over tiny stores."""
 
 import json
 from contextlib import closing
@@ -22,7 +22,7 @@ from tests.conftest import tiny_experiment
 def make_run(
     name: str = "tiny", captioned: bool = False, condition: str | None = None, encoder: str = "toy"
 ) -> RunDirectory:
-    """A run on the tiny store, which must be there, with a checkpoint of step 7."""
+    """Returns a run on the tiny store, which must exist, with a checkpoint of step 7."""
     tree = tiny_experiment(captioned)
     if condition is not None:
         tree["model"]["condition"] = condition  # type: ignore[index]
@@ -37,7 +37,7 @@ def make_run(
 
 
 def make_run_on_other_data() -> RunDirectory:
-    """A run that was trained on other data than the tiny store has now."""
+    """Returns a run that was trained on other data than the tiny store has now."""
     run = make_run()
     with closing(Journal(run.journal_file)) as journal:
         journal.append("start", step=0, data_digest="0" * 64)
@@ -45,7 +45,7 @@ def make_run_on_other_data() -> RunDirectory:
 
 
 def save_weights(run: RunDirectory, weights: dict[str, Tensor], step: int, part: str = "") -> None:
-    """Saves a best checkpoint; part "ema": these weights as averaged ones, beside zeros."""
+    """Saves a best checkpoint; part "ema": with these weights as averaged ones, and zeros as the model's."""
     # A checkpoint without the optimizer's part is damaged.
     tensors: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": {}}
     if part == "ema":
@@ -57,7 +57,7 @@ def save_weights(run: RunDirectory, weights: dict[str, Tensor], step: int, part:
 
 
 def encode_with(root: Path, name: str = "minilm") -> None:
-    """Gives a tiny captioned store the vectors of a real encoder, so that it understands new captions."""
+    """Adds the vectors of a real encoder to a tiny captioned store, so that its runs take new captions."""
     encoder = load_encoder(name)
     manifest = Manifest.model_validate_json((root / "manifest.json").read_bytes())
     for split_name, split in manifest.splits.items():

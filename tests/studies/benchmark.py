@@ -43,12 +43,15 @@ _PEERS = ["published", "tutorial", "diffusers", "diffusers-same"]
 
 
 def parser() -> Parser:
-    parser = Parser(prog="benchmark.py", description="How fast training is, beside other loops.")
+    parser = Parser(
+        prog="benchmark.py",
+        description="Measures the speed of training, compared with other loops.",
+    )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="EXPERIMENT | key=value",
-        help="experiments' YAML files (default: the demo), and values that replace theirs, as"
+        help="experiment files (default: the demo), and values that replace theirs, like"
         " training.precision=bf16; the word preparation measures decoding and encoding",
     )
     add_job_options(parser)
@@ -67,7 +70,7 @@ def parser() -> Parser:
         choices=GROUPS,
         default=GROUPS,
         metavar="WHAT",
-        help=f"beside the bare step; default: all of {', '.join(GROUPS)}",
+        help=f"in addition to the bare step; default: all of {', '.join(GROUPS)}",
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="K")
     parser.add_argument("--seconds", type=positive, default=8, metavar="S", help="a measurement")
@@ -84,7 +87,7 @@ def main(arguments: list[str]) -> int:
         for file in files or _DEFAULT
         if file != PREPARATION
     }
-    asked = cluster_file.split(options.nodes, options.gpus or options.nodes)
+    placement = cluster_file.split(options.nodes, options.gpus or options.nodes)
     coco: Path | None = options.coco
     if coco is not None and not (coco / "annotations").is_dir():
         raise UserError(
@@ -101,7 +104,7 @@ def main(arguments: list[str]) -> int:
     from workflows.jobs.plan import locate  # torch: seconds
 
     place, placement, facts = locate(
-        asked, options.cluster, False, cluster_file.TimeLimit(options.time)
+        placement, options.cluster, False, cluster_file.TimeLimit(options.time)
     )
     measured = [*experiments, *([PREPARATION] if prepares else [])]
     print(aligned([("benchmark", ", ".join(measured)), *facts]), flush=True)
@@ -114,7 +117,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _is_older(folder: Path) -> bool:
-    """Whether it holds the results of a version that left no marker, and nothing else."""
+    """Whether the folder holds only results of a version that left no marker."""
     names = {entry.name for entry in folder.iterdir()}
     return bool(names) and names <= {"benchmark.md", "benchmark.csv"}
 
@@ -168,16 +171,16 @@ def _measure(
     rows: list[results.Row] = []
     for name, measure in measures.items():
         with progress_bar(0, "measurement", name) as bar:
-            for found in measure(bar):
-                results.write([*rows, *found], out, machine, command)
-            rows += found
-    # Only where all went well: else the jobs' logs tell why.
-    # (A mirror of MLflow's may write its last line just now.)
+            for so_far in measure(bar):
+                results.write([*rows, *so_far], out, machine, command)
+            rows += so_far
+    # Only after success: the jobs' logs explain a failure.
+    # (A mirror of MLflow's may just be writing its last line.)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         results.to_mlflow(rows, out, machine, command)
     except Exception as error:  # the table is there; MLflow may be away
-        print(f"note: MLflow was not told: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"note: not written to MLflow: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _ENGINES = {"DDP": None, "ZeRO 0": 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
 
 
 def plain(engine: str, likelihood: str = "bernoulli", **training: Any) -> dict[str, Any]:
-    """The tiny experiment under an engine of _ENGINES, with averaged weights and clipped gradients."""
+    """Returns the tiny experiment with an engine of _ENGINES, averaged weights and clipped gradients."""
     stage = _ENGINES[engine]
     chosen: dict[str, Any] = {"engine": "ddp"}
     if stage is not None:
@@ -53,10 +53,10 @@ def plain(engine: str, likelihood: str = "bernoulli", **training: Any) -> dict[s
 def job(
     name: str, start: int, stop: int, experiment: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """Steps start to stop.
+    """Returns a job of run_jobs: training from step `start` to `stop`.
 
-    more: `load` and `save`, names of snapshots; `spoil`, {step: what a number of the first rank's gradient becomes
-    in that step, and of the last rank's}, still scaled and before any rank has heard of the other's.
+    more: `load` and `save`, names of saved states; `spoil`, {step: values that replace one number of the gradient
+    on the first and on the last rank}, scaled and before the ranks' gradients are averaged.
     """
     return {"name": name, "start": start, "stop": stop, "experiment": experiment, **more}
 
@@ -64,7 +64,7 @@ def job(
 def run_jobs(
     folder: Path, world_size: int, jobs: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Trains them on real ranks; {name: {"losses", "norms", "val"}}. Fails with what a rank printed."""
+    """Trains the jobs on real ranks; returns {name: {"losses", "norms", "val", …}} and the ranks' "output"."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     file = folder / "results.json"
     file.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def _rank(folder: Path) -> None:
 
 def _train(folder: Path, task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     experiment = Experiment.model_validate(task["experiment"])
-    # A CPU can do fp16, slowly: what matters here, the loss scale, is the same there.
+    # A CPU computes fp16 slowly, with the same loss scale, which is the subject here.
     precision.resolve = lambda wanted, device: wanted
     training = experiment.training
     data = open_data(experiment)
@@ -154,13 +154,13 @@ def load(path: Path) -> TrainingState:
 
 
 def deviation(one: list[float], other: list[float]) -> float:
-    """The largest relative difference of two curves."""
+    """Returns the largest relative difference of two curves."""
     assert len(one) == len(other)
     return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
 
 
 def identical(folder: Path, one: str, other: str) -> bool:
-    """Whether two snapshots hold the same bits."""
+    """Whether two saved states hold the same bits."""
     mine, theirs = load(folder / one).tensors, load(folder / other).tensors
     return all(
         torch.equal(_bits(value), _bits(theirs[part][name]))
@@ -195,7 +195,7 @@ def curves_table(folder: Path, worlds: tuple[int, ...] = (1, 2, 4, 8)) -> Iterat
 
 
 def resume_table(folder: Path) -> Iterator[str]:
-    """50 steps, a checkpoint, 50 more; against 100 steps of the first engine."""
+    """50 steps, a checkpoint, 50 more, compared with 100 steps of the first engine."""
     results: dict[str, dict[str, Any]] = {}
     for world_size in (2, 4):
         jobs = []

@@ -31,7 +31,7 @@ from tests.testcluster import Cluster
 from workflows.jobs.run_state import newest_step, run_state
 from workflows.jobs.submission import submit
 
-# More than the fastest machine makes between two faults: the run must not end before the last one.
+# More than the fastest machine makes between two faults, so that the run does not end before the last one.
 _STEPS_PER_FAULT, _PATIENCE_S = 2000, 300.0
 
 
@@ -91,12 +91,12 @@ def _campaign(cluster: Cluster, home: Path, n: int, dice: random.Random, names: 
     )
     bag: list[str] = []
     for number in range(1, n + 1):
-        # Every kind once before one comes again.
+        # Every kind comes once before any comes again.
         bag = bag or dice.sample(names, len(names))
         print(f"| {number} | {_inject(field, bag.pop())} |", flush=True)
         field.wait_for_checkpoint()
         time.sleep(dice.uniform(0, 2))
-    # What is left may be most of the run, on a machine that others use, too.
+    # The rest may be most of the run, on a shared machine.
     going = ("queued", "starting", "running", "stopping")
     _wait(lambda: run_state(run).status not in going, patience_s=3600)
     _wait(lambda: not run_state(run).job.alive)
@@ -137,7 +137,7 @@ def _experiment(steps: int) -> Experiment:
 
 
 def _undisturbed(home: Path, experiment: Experiment) -> "subprocess.Popen[bytes]":
-    """The same run on two ranks of this machine, with nobody disturbing it."""
+    """Starts the same run undisturbed, on two ranks of this machine."""
     file = home / "quiet.yaml"
     file.write_text(yaml.safe_dump(experiment.model_dump(mode="json")))
     words = [str(file), "--cluster", "local", "--gpus", "2", "--name", "quiet"]
@@ -154,15 +154,15 @@ def _verdict(run: RunDirectory, quiet: RunDirectory, database: Path) -> int:
         (run.checkpoints / last / file.name).read_bytes() == file.read_bytes()
         for file in (quiet.checkpoints / last).glob("*.safetensors")
     )
-    told, wanted = _steps(run), _steps(quiet)
+    written, expected = _steps(run), _steps(quiet)
     query = "select step from metrics where key = 'train/loss'"
     with sqlite3.connect(database) as connection:
         mirrored = Counter(step for (step,) in connection.execute(query))
     checks = {
         f"the run is {state.status} {state.reason}": state.status == "finished",
         f"weights of {last} bit-identical to the undisturbed run's": same,
-        f"{len(told)} points in the journal, each once": told == wanted,
-        f"{len(mirrored)} points in MLflow, each once": mirrored == wanted,
+        f"{len(written)} points in the journal, each once": written == expected,
+        f"{len(mirrored)} points in MLflow, each once": mirrored == expected,
     }
     print()
     for check, holds in checks.items():
@@ -178,7 +178,7 @@ def _wait(condition: Callable[[], bool], patience_s: float = _PATIENCE_S) -> Non
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the run has not gone on by itself")
+            raise TimeoutError("the run did not continue by itself")
         time.sleep(0.3)
 
 

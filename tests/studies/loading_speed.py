@@ -51,14 +51,15 @@ def main(n_runs: int, n_steps: int) -> None:
         print(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
 
 
-def measure(source: analysis.tables.Source, what: str) -> None:
+def measure(source: analysis.tables.Source, label: str) -> None:
     begun = time.monotonic()
     table = analysis.runs("tiny", source=source)
     middle = time.monotonic()
     points = analysis.curves(table, ["train/loss"])
     now = time.monotonic()
     print(
-        f"{what}: {len(table):,} runs in {middle - begun:.1f} s, {len(points):,} points in", end=" "
+        f"{label}: {len(table):,} runs in {middle - begun:.1f} s, {len(points):,} points in",
+        end=" ",
     )
     print(f"{now - middle:.1f} s, together {now - begun:.1f} s", flush=True)
 

@@ -90,7 +90,7 @@ def fraction() -> float:
 
 
 def psnr(name: str) -> float:
-    """Mean peak signal-to-noise ratio in dB of the reconstructions of what was trained on."""
+    """Returns the mean PSNR in dB of the reconstructions of the training images."""
     trained = load(name)
     data = open_data(trained.experiment)
     assert len(data.train_rows) == PAIRS

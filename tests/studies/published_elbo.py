@@ -46,14 +46,14 @@ def main(coco: Path, steps: int, seeds: int) -> None:
     for seed in range(seeds):
         options = [*_OPTIONS, f"seed={seed}", f"training.max_steps={steps}"]
         experiment = load_experiment(PROJECT_ROOT / "configs" / "coco_baseline.yaml", options)
-        found = ours(experiment), published(experiment, coco)
-        differences.append(found[0] - found[1])
-        print(f"| {seed} | {found[0]:.1f} | {found[1]:.1f} | {differences[-1]:+.1f} |", flush=True)
+        elbos = ours(experiment), published(experiment, coco)
+        differences.append(elbos[0] - elbos[1])
+        print(f"| {seed} | {elbos[0]:.1f} | {elbos[1]:.1f} | {differences[-1]:+.1f} |", flush=True)
     print(f"\nmean difference {np.mean(differences):+.2f} nats after {steps} steps")
 
 
 def ours(experiment: Experiment) -> float:
-    """−ELBO of val, in nats an image."""
+    """Trains by our loop; returns the −ELBO of val in nats per image."""
     training = experiment.training.model_copy(update={"precision": "bf16"})
     with TemporaryDirectory() as folder:
         made = experiment.model_copy(update={"training": training})
@@ -64,7 +64,7 @@ def ours(experiment: Experiment) -> float:
 
 
 def published(experiment: Experiment, coco: Path) -> float:
-    """As ours()."""
+    """Trains by the paper's loop; returns the −ELBO of val in nats per image."""
     data, batch_size = open_data(experiment), experiment.training.global_batch_size
     assert data.train.text is not None
     assert data.train.caption_offsets is not None
@@ -89,12 +89,12 @@ def published(experiment: Experiment, coco: Path) -> float:
                 left -= 1
                 if left == 0:
                     break
-    here = Ranks(0, 1, torch.device("cpu"), None)
-    return evaluate_elbo(model, data, data.val, experiment, here)["loss"]
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    return evaluate_elbo(model, data, data.val, experiment, ranks)["loss"]
 
 
 def _decoded_whole(coco: Path, ids: list[int], size: int) -> torch.Tensor:
-    """uint8 (N, 3, size, size): without the decoder's quick way to a smaller image."""
+    """Returns uint8 (N, 3, size, size), without the decoder's shortcut to a smaller image."""
     names = {one.id: one.file_name for one in read_annotations(coco, "train2017").images}
     arrays = []
     for image_id in ids:

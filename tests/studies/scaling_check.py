@@ -47,8 +47,7 @@ def main() -> int:
     one, two = (load_experiment(file, [*_OPTIONS, "training.precision=fp32", b]) for b in batch)
     cluster = Cluster()
     was_up = not cluster.up()
-    asked = clusters.split(2, 2)
-    place, placement, _ = locate(asked, "testcluster", dry=False)
+    place, placement, _ = locate(clusters.split(2, 2), "testcluster", dry=False)
     bench = Bench(place, folder / "jobs", _SECONDS)
     env = {"OMP_NUM_THREADS": "1"}
     alone = statistics.median(
@@ -58,22 +57,23 @@ def main() -> int:
     n_parameters = meta_model(two, (1, 16, 16), TEXT_DIM).n_parameters()
     worst = 0.0
     print(f"one rank alone: {alone:.1f} images/s; gradient {4 * n_parameters / 1e6:.1f} MB\n")
-    print("| link, Mb/s | measured, images/s | foretold | off by |\n|---|---|---|---|")
+    print("| link, Mb/s | measured, images/s | predicted | off by |\n|---|---|---|---|")
     try:
         for mbit_s in _LINKS_MBIT_S:
             for node in cluster.nodes:
                 node.throttle_link(mbit_s)
-            found = statistics.median(
+            measured = statistics.median(
                 bench.loop(two, placement, alone, env=env)["images_per_second"]
                 for _ in range(_ROUNDS)
             )
             between = 1e12 if mbit_s is None else mbit_s * 1e6 / 8
-            told = expect(placement, 2 * _PER_RANK, alone, 4 * n_parameters, 1e12, between)
-            off = told.images_per_second / found - 1
+            predicted = expect(placement, 2 * _PER_RANK, alone, 4 * n_parameters, 1e12, between)
+            off = predicted.images_per_second / measured - 1
             worst = max(worst, abs(off))
             name = "none" if mbit_s is None else mbit_s
             print(
-                f"| {name} | {found:.1f} | {told.images_per_second:.1f} | {off:+.0%} |", flush=True
+                f"| {name} | {measured:.1f} | {predicted.images_per_second:.1f} | {off:+.0%} |",
+                flush=True,
             )
     finally:
         for node in cluster.nodes:

@@ -35,8 +35,8 @@ def test_the_document_of_a_study_names_its_command() -> None:
         assert f"python -m tests.studies.{study}" in (FOLDER / document).read_text(), study
 
 
-def test_no_study_imports_a_test() -> None:
-    for file in FOLDER.rglob("*.py"):
+def test_no_study_and_no_helper_imports_a_test() -> None:
+    for file in [*FOLDER.rglob("*.py"), *FOLDER.parent.glob("helpers/*.py")]:
         if file.name.startswith("test_"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,4 +1,4 @@
-"""How fast the training loop is, beside its own limit and beside other loops."""
+"""Measures the training loop's speed, relative to its own limit and to other loops."""
 
 PREPARATION = "preparation"
 GROUPS = ["loop", "peers", "mlflow", "checkpoint", "launch", "scaling"]

@@ -21,14 +21,14 @@ from workflows.jobs.scaling_model import flops_per_image, meta_model
 
 
 class Subject(NamedTuple):
-    """What a contestant trains, and with what."""
+    """The task that a contestant gets."""
 
     experiment: Experiment
     data: ExperimentData
     precision: str
     device: torch.device
     coco: Path | None
-    """An official MS COCO download, for those that read JPEGs."""
+    """An official MS COCO download, for contestants that read JPEGs."""
 
 
 class Contest(NamedTuple):
@@ -37,11 +37,11 @@ class Contest(NamedTuple):
     step: timing.Step
     batch_size: int
     multiple: int = 1
-    """Its steps are counted in multiples of this."""
+    """The number of timed steps is a multiple of this."""
 
 
 def measure(name: str, experiment: str, seconds: float, coco: Path | None, result: Path) -> None:
-    """Writes images_per_second and peak_memory_bytes to `result`; the bare step also what its work is."""
+    """Writes images_per_second and peak_memory_bytes to `result`; for the bare step also its FLOPs and peaks."""
     from tests.studies.benchmarks.peers import PEERS
 
     plan = load_experiment(Path(experiment))
@@ -51,24 +51,24 @@ def measure(name: str, experiment: str, seconds: float, coco: Path | None, resul
         build: Callable[[Subject], Contest] = bare if name == BARE else PEERS[name].build
         contest = build(subject)
         rate = timing.steps_per_second(contest.step, seconds, ranks.device, contest.multiple)
-        told: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "images_per_second": rate * contest.batch_size,
             "peak_memory_bytes": timing.peak_memory(ranks.device),
         }
         if name == BARE:
             data = subject.data
             model = meta_model(plan, data.image_shape, data.condition_dim)
-            told["flops_per_image"] = flops_per_image(model)
-            told["peaks"] = timing.peaks(chosen, ranks.device)
-            told["precision"] = chosen
-    write_atomically(result, json.dumps(told))
+            measured["flops_per_image"] = flops_per_image(model)
+            measured["peaks"] = timing.peaks(chosen, ranks.device)
+            measured["precision"] = chosen
+    write_atomically(result, json.dumps(measured))
 
 
 BARE = "bare step"
 
 
 def bare(subject: Subject) -> Contest:
-    """Forward, backward and Adam on one resident batch, in the same precision: the model's own limit."""
+    """Returns forward, backward and Adam on one resident batch in the same precision: the model's own limit."""
     experiment, data, device = subject.experiment, subject.data, subject.device
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
     optimizer = build_adam(model.to(device), experiment.optimizer)
@@ -88,7 +88,7 @@ def bare(subject: Subject) -> Contest:
 
 
 def resident(subject: Subject, latent_shape: tuple[int, ...]) -> list[MicroBatch]:
-    """The run's first batch, on the device."""
+    """Returns the run's first batch, on the device."""
     experiment, data = subject.experiment, subject.data
     batch_size = experiment.training.global_batch_size
     order = BatchOrder(experiment.seed, data.train_rows, batch_size, latent_shape)

@@ -1,4 +1,4 @@
-"""Other people's loops around the same model, in our own words."""
+"""Other people's training loops around the same model, written anew."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ class Peer(NamedTuple):
 
 
 def published(subject: Subject) -> Contest:
-    """The paper's loop for COCO: JPEG and BERT-base inside the data set, an image at a time; four workers."""
+    """Returns the paper's loop for COCO: JPEG decoding and BERT-base per image in the data set, four workers."""
     experiment, device = subject.experiment, subject.device
     data = _JpegsAndCaptions(subject)
     shape = (3, experiment.data.image_size, experiment.data.image_size)
@@ -42,7 +42,7 @@ def published(subject: Subject) -> Contest:
 
 
 def tutorial(subject: Subject) -> Contest:
-    """The loop of tutorials for FashionMNIST: a data set of single images, DataLoader, fp32, Adam, loss.item()."""
+    """Returns the loop of FashionMNIST tutorials: single images in a DataLoader, fp32, Adam, loss.item()."""
     experiment, device, data = subject.experiment, subject.device, subject.data
     model = build_model(experiment.model, data.image_shape, data.condition_dim, experiment.seed)
     items = _Items(data.train, data.condition_dim)
@@ -55,12 +55,12 @@ def tutorial(subject: Subject) -> Contest:
 
 
 def diffusers_fp32(subject: Subject) -> Contest:
-    """diffusers' AutoencoderKL of the same widths in a plain loop on a resident batch."""
+    """Returns a plain loop of diffusers' AutoencoderKL with the same widths on a resident batch."""
     return _diffusers(subject, "fp32")
 
 
 def diffusers_same(subject: Subject) -> Contest:
-    """The same under autocast to the experiment's precision."""
+    """Returns the same loop under autocast to the experiment's precision."""
     return _diffusers(subject, subject.precision)
 
 
@@ -116,7 +116,7 @@ def _plain_loop(
 
 
 class _Items(Dataset[tuple[Tensor, Tensor]]):
-    """As torchvision's FashionMNIST with ToTensor: a PIL image each time, then a tensor in [0, 1]."""
+    """Makes a PIL image and then a tensor in [0, 1] per item, like torchvision's FashionMNIST with ToTensor."""
 
     def __init__(self, split: Split, n_classes: int):
         assert split.labels is not None
@@ -134,7 +134,7 @@ class _Items(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _JpegsAndCaptions(Dataset[tuple[Tensor, Tensor]]):
-    """As the paper: the file is decoded and its caption encoded each time that the item is asked for."""
+    """Decodes the file and encodes its caption at each access, like the paper's data set."""
 
     def __init__(self, subject: Subject):
         from transformers import AutoTokenizer, BertConfig, BertModel
@@ -144,11 +144,11 @@ class _JpegsAndCaptions(Dataset[tuple[Tensor, Tensor]]):
         assert subject.coco is not None
         train = f"{subject.experiment.data.train}2017"
         annotations = subject.coco / "annotations" / f"captions_{train}.json"
-        said = json.loads(annotations.read_text("utf-8"))
-        captions = {entry["image_id"]: entry["caption"] for entry in said["annotations"]}
+        content = json.loads(annotations.read_text("utf-8"))
+        captions = {entry["image_id"]: entry["caption"] for entry in content["annotations"]}
         self.items = [
             (subject.coco / train / entry["file_name"], captions[entry["id"]])
-            for entry in said["images"]
+            for entry in content["images"]
             if entry["id"] in captions
         ]
         self.size = subject.experiment.data.image_size

@@ -1,4 +1,4 @@
-"""Preparing COCO beside what its parts could do: the decoder alone on all cores, one caption at a time."""
+"""Compares the speed of preparing COCO with its parts: the decoder alone on all cores, one caption at a time."""
 
 import json
 import multiprocessing
@@ -27,15 +27,15 @@ from tests.studies.benchmarks.results import Row, ratio
 from tests.studies.benchmarks.rounds import Bench
 
 _SIZE = 64
-_LONGER = 3  # the start of the workers, which all of COCO hides, is to weigh little
+_LONGER = 3  # so that the start of the workers weighs little, as it does for all of COCO
 _AT_ONCE, _COMPARED = 1024, 512
-_MOST_IMAGES = 100_000  # twice 1.2 GB
+_MOST_IMAGES = 100_000  # 1.2 GB, twice
 _IMAGES, _CAPTIONS = "images_per_second", "captions_per_second"
 _UNITS = {_IMAGES: "images/s", _CAPTIONS: "captions/s"}
 
 
 def rows(bench: Bench, rounds: int, bar: "tqdm[Any]") -> Iterator[list[Row]]:
-    """Yields all rows so far after each round. The bar gets its total here."""
+    """Yields all rows so far after each round, and sets the bar's total."""
     values: dict[str, list[float]] = {}
     bar.reset(total=rounds * len(PARTS))
     for _ in range(rounds):
@@ -43,22 +43,22 @@ def rows(bench: Bench, rounds: int, bar: "tqdm[Any]") -> Iterator[list[Row]]:
             for key, value in bench.preparation(name).items():
                 values.setdefault(key, []).append(value)
             bar.update()
-        found = [Row(PREPARATION, key, list(each), _unit(key)) for key, each in values.items()]
-        by_name = {row.measured: row for row in found}
+        measured = [Row(PREPARATION, key, list(each), _unit(key)) for key, each in values.items()]
+        by_name = {row.measured: row for row in measured}
         ratio(
-            found,
+            measured,
             by_name[f"images/{_IMAGES}"],
             by_name[f"decoder alone/{_IMAGES}"],
             "images:decoder alone",
         )
         for precision in ("fp32", "bf16"):
             ratio(
-                found,
+                measured,
                 by_name[f"captions {precision}/{_CAPTIONS}"],
                 by_name[f"one caption at a time/{_CAPTIONS}"],
                 f"captions {precision}:one at a time",
             )
-        yield found
+        yield measured
 
 
 def _unit(key: str) -> str:
@@ -66,7 +66,7 @@ def _unit(key: str) -> str:
 
 
 def measure(name: str, coco: Path, seconds: float, result: Path) -> None:
-    """Writes what one of PARTS finds to `result`."""
+    """Writes the results of one of PARTS to `result`."""
     torch.set_num_threads(cores())
     write_atomically(result, json.dumps(PARTS[name](coco, seconds)))
 
@@ -80,7 +80,7 @@ def _decoder_alone(coco: Path, seconds: float) -> dict[str, float]:
 
 
 def _decode_for(files: list[Path], seconds: float) -> float:
-    """Images a second of this process, which has done its imports by now."""
+    """Returns the images per second of this process, without the time for its imports."""
     began = time.perf_counter()
     for done, file in enumerate(cycle(files), start=1):
         decode(file, _SIZE)
@@ -90,7 +90,7 @@ def _decode_for(files: list[Path], seconds: float) -> float:
 
 
 def _prepared_images(coco: Path, seconds: float) -> dict[str, float]:
-    """As prepare.py makes them: workers' start, parts, the whole array and its checksum included."""
+    """Prepares images like prepare.py: start of the workers, parts, the whole array and its checksum included."""
     files = _images(coco)
     rate = _decode_for(files, 1.0) * cores()
     count = min(_MOST_IMAGES, round(_LONGER * seconds * rate))
@@ -125,16 +125,16 @@ def _prepared_captions(precision: Precision) -> Callable[[Path, float], dict[str
             encoder.encode_unique(part, lambda n: None)
 
         rate = _captions_per_second(some, captions, _AT_ONCE, seconds)
-        told = {f"captions {precision}/{_CAPTIONS}": rate}
+        measured = {f"captions {precision}/{_CAPTIONS}": rate}
         if precision == "bf16":
-            told |= _drift(captions[:_COMPARED])
-        return told
+            measured |= _drift(captions[:_COMPARED])
+        return measured
 
     return encode
 
 
 def _drift(captions: list[str]) -> dict[str, float]:
-    """How far bf16 moves the vectors of real weights."""
+    """Returns how far bf16 moves the vectors of real weights, relative to their length."""
     exact, rounded = (load_encoder(MINILM, name).encode(captions) for name in ("fp32", "bf16"))
     moved = np.linalg.norm(rounded - exact, axis=1) / np.linalg.norm(exact, axis=1)
     return {
@@ -157,7 +157,7 @@ def _captions_per_second(
 
 
 def _bert_base(precision: Precision) -> TextEncoder:
-    """BERT-base costs the same whatever its weights are; minilm has its vocabulary."""
+    """Returns BERT-base with random weights, which cost the same, and minilm's vocabulary, which is BERT's."""
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig()).eval().requires_grad_(False)
@@ -166,19 +166,19 @@ def _bert_base(precision: Precision) -> TextEncoder:
 
 
 def _images(coco: Path) -> list[Path]:
-    found = sorted(coco.glob("*2017/*.jpg"))
-    if not found:
+    files = sorted(coco.glob("*2017/*.jpg"))
+    if not files:
         raise UserError(
             f"{coco} has no images, as train2017/*.jpg; give an official MS COCO download"
         )
-    return [file for file in found if file.parent == found[0].parent]
+    return [file for file in files if file.parent == files[0].parent]
 
 
 def _captions(coco: Path) -> list[str]:
-    """In an order of chance, each once."""
+    """Returns each caption once, shuffled."""
     file = min((coco / "annotations").glob("captions_*.json"))
-    said = json.loads(file.read_text("utf-8"))
-    unique = sorted({entry["caption"] for entry in said["annotations"]})
+    content = json.loads(file.read_text("utf-8"))
+    unique = sorted({entry["caption"] for entry in content["annotations"]})
     return [unique[i] for i in np.random.default_rng(0).permutation(len(unique))]
 
 

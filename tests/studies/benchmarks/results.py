@@ -1,4 +1,4 @@
-"""What was measured, as a table in Markdown and CSV, and in MLflow."""
+"""Writes measurements as a table in Markdown and CSV, and to MLflow."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     measured: str
     """loop/images_per_second, or loop:bare step for the ratio of the two."""
     values: list[float]
-    """One a round."""
+    """One per round."""
     unit: str = ""
 
     @property
@@ -32,17 +32,17 @@ class Row(NamedTuple):
 
 
 def frame(rows: list[Row]) -> pd.DataFrame:
-    """A row a measurement: median, lowest and highest over the rounds."""
-    told = [
+    """Returns a row per measurement: median, lowest and highest over the rounds."""
+    cells = [
         (r.experiment, r.measured, r.median, min(r.values), max(r.values), len(r.values), r.unit)
         for r in rows
     ]
-    table: pd.DataFrame = pd.DataFrame(told, columns=COLUMNS)
+    table: pd.DataFrame = pd.DataFrame(cells, columns=COLUMNS)
     return table
 
 
 def ratio(rows: list[Row], over: Row, under: Row, name: str) -> None:
-    """Adds the ratio of two rows, taken round by round: what slows the machine slows both."""
+    """Adds the ratio of two rows, taken round by round: a slow machine slows both."""
     values = [a / b for a, b in zip(over.values, under.values, strict=True)]
     rows.append(Row(over.experiment, name, values, "×"))
 
@@ -62,7 +62,7 @@ def _shown(value: float) -> str:
 
 
 def write(rows: list[Row], out: Path, machine: str, command: str) -> None:
-    """benchmark.md and benchmark.csv in `out`, replacing what an earlier round wrote."""
+    """Writes benchmark.md and benchmark.csv in `out`, replacing those of an earlier round."""
     table = frame(rows)
     text = f"{machine}\n\n    {command}\n\n{markdown(table)}"
     write_atomically(out / "benchmark.md", text)
@@ -70,7 +70,7 @@ def write(rows: list[Row], out: Path, machine: str, command: str) -> None:
 
 
 def to_mlflow(rows: list[Row], out: Path, machine: str, command: str) -> None:
-    """A run of MLflow's experiment "benchmark": medians as metrics, the tables as artifacts."""
+    """Adds a run to MLflow's experiment "benchmark": medians as metrics, the tables as artifacts."""
     uri = paths.tracking_uri()
     create_store(uri)
     client = MlflowClient(uri)
@@ -86,7 +86,7 @@ def to_mlflow(rows: list[Row], out: Path, machine: str, command: str) -> None:
 
 
 def this_machine() -> str:
-    """In words, for the head of a table."""
+    """Returns a description of the machine, for the head of a table."""
     import torch
 
     if torch.cuda.is_available():

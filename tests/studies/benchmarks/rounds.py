@@ -1,4 +1,4 @@
-"""Contestants on one machine, one after the other, round by round: its drift meets all of them alike."""
+"""Runs contestants one after the other, round by round, so that the machine's drift affects all alike."""
 
 import json
 import os
@@ -23,16 +23,16 @@ from workflows.jobs.waiting import run_and_wait
 
 MEASURE = "tests.studies.benchmarks.contestants:measure"
 PREPARE = "tests.studies.benchmarks.preparation:measure"
-# Looking at a job costs some milliseconds of the cores that are measured.
+# Polling a job costs some milliseconds of the measured cores.
 _POLL_S = 1.0
 _POINTS = 8
-_FIRST_POINTS = 2  # start-up, and what warms up
+_FIRST_POINTS = 2  # start-up and warm-up
 _UNTIL_MIRRORED_S = 10.0
 
 
 @dataclass
 class Bench:
-    """Where and how long is measured; `folder` keeps every job's files and logs."""
+    """Where and how long to measure; `folder` keeps every job's files and logs."""
 
     place: Place
     folder: Path
@@ -41,17 +41,17 @@ class Bench:
     _jobs: int = field(default=0, init=False)
 
     def contestant(self, name: str, run: RunDirectory) -> dict[str, Any]:
-        """Returns what contestants.measure has measured."""
+        """Returns the results of contestants.measure."""
         result = self._new(name.replace(" ", "-")) / "result.json"
         arguments = (name, str(run.experiment_file), self.seconds, self.coco, result)
-        # Peers are what other people run.
+        # Peers run as other people run them.
         env = training_environment() if name == BARE else {}
         self._run(MEASURE, arguments, result.parent, Placement(1, 1), env)
         measured: dict[str, Any] = json.loads(result.read_text())
         return measured
 
     def preparation(self, name: str) -> dict[str, float]:
-        """Returns what preparation.measure has measured."""
+        """Returns the results of preparation.measure."""
         result = self._new(name) / "result.json"
         arguments = (name, self.coco, self.seconds, result)
         self._run(PREPARE, arguments, result.parent, Placement(1, 1), {})
@@ -67,11 +67,11 @@ class Bench:
         mirrored: bool = False,
         env: dict[str, str] | None = None,
     ) -> dict[str, float]:
-        """A run of the real training loop, for about so long as images_per_second foretells.
+        """Runs the real training loop for about `seconds`, as predicted from images_per_second.
 
-        mirrored: with a point of the journal as often as the experiment has it, and MLflow told of it; what goes
-        before MLflow's process has started up does not count. Returns images_per_second and data_wait_share;
-        with `saves` checkpoint_stall_s.
+        mirrored: with as many points in the journal as the experiment asks for, copied to MLflow; points before
+        MLflow's process has started do not count. Returns images_per_second and data_wait_share; with `saves`
+        also checkpoint_stall_s.
         """
         batch_size = experiment.training.global_batch_size
         steps = max(_POINTS, round(self.seconds * images_per_second / batch_size))
@@ -86,41 +86,41 @@ class Bench:
         made = experiment.model_copy(update={"training": training, "checkpoint": checkpoint})
         run = RunDirectory.create("run", made, self._new("loop"))
 
-        def found(kind: str) -> list[dict[str, Any]]:
+        def lines(kind: str) -> list[dict[str, Any]]:
             return [line for line in journal.read(run.journal_file)[0] if line["kind"] == kind]
 
         def counted() -> list[dict[str, Any]]:
-            points = found("step")[_FIRST_POINTS:]
+            points = lines("step")[_FIRST_POINTS:]
             if not mirrored:
                 return points
             return [one for one in points if one["time"] > points[0]["time"] + _UNTIL_MIRRORED_S]
 
         def is_enough() -> bool:
             points = counted()
-            if saves and len(found("checkpoint")) <= _POINTS // 2:
+            if saves and len(lines("checkpoint")) <= _POINTS // 2:
                 return False
             if mirrored:
                 return len(points) > 1 and points[-1]["time"] - points[0]["time"] > self.seconds
             return len(points) > _POINTS - _FIRST_POINTS
 
-        # Not the user's own MLflow: these are no runs of theirs.
+        # These are no runs of the user's, so they stay out of their MLflow.
         tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{run.path / 'mlflow.db'}"}
         made_env = {**training_environment(), **tracking, **(env or {})}
         self._run(TRAIN, (run.path, mirrored), run.logs, placement, made_env, is_enough)
         measured = rates([point["metrics"] for point in counted()])
         if saves:
             # The first one also makes the buffers that it copies to.
-            stalls = [line["stall_s"] for line in found("checkpoint")[1:]]
+            stalls = [line["stall_s"] for line in lines("checkpoint")[1:]]
             measured["checkpoint_stall_s"] = statistics.median(stalls)
         return measured
 
     def launch(self, run: RunDirectory, placement: Placement) -> float:
-        """Seconds from launch.py to the first step."""
+        """Returns the seconds from launch.py to the first step."""
         folder = self._new("launch")
         return starts.launch(folder / "home", run.experiment_file, self.place, placement)
 
     def write(self, experiment: Experiment) -> RunDirectory:
-        """The experiment as a file that the jobs read."""
+        """Writes the experiment to a file that the jobs read."""
         return RunDirectory.create("experiment", experiment, self._new("experiment"))
 
     def _run(
@@ -151,7 +151,7 @@ class Bench:
 
 
 def rates(points: list[dict[str, float]]) -> dict[str, float]:
-    """Over intervals of equally many steps: mean rate of all images, share of all the time."""
+    """Returns the mean rate and the share of waiting over intervals with the same number of steps each."""
     seconds = [1 / point["train/images_per_second"] for point in points]
     waited = sum(t * p["train/data_wait_share"] for t, p in zip(seconds, points, strict=True))
     return {

@@ -1,4 +1,4 @@
-"""The measurements of one experiment, and the rows that they make."""
+"""The measurements of one experiment, and their rows."""
 
 import os
 from collections import defaultdict
@@ -32,26 +32,26 @@ class Series:
     placement: Placement
     values: "defaultdict[str, list[float]]" = field(default_factory=lambda: defaultdict(list))
     work: dict[str, Any] = field(default_factory=dict)
-    """Of the last bare step: operations an image, and the machine's peaks."""
+    """Operations per image and the machine's peaks, from the last bare step."""
 
     def contestant(self, name: str) -> None:
-        told = self.bench.contestant(name, self.run)
-        self.values[f"{name}/{_RATE}"].append(told[_RATE])
-        self.values[f"{name}/peak memory"].append(told["peak_memory_bytes"] / 2**30)
+        measured = self.bench.contestant(name, self.run)
+        self.values[f"{name}/{_RATE}"].append(measured[_RATE])
+        self.values[f"{name}/peak memory"].append(measured["peak_memory_bytes"] / 2**30)
         if name == BARE:
-            self.work = told
+            self.work = measured
 
     def loop(self) -> None:
         self._loop("loop", self.experiment, _ALONE)
 
     def mirrored(self) -> None:
-        """With the journal as dense as the experiment has it, and MLflow behind."""
+        """Measures the loop with as many points as the experiment asks for, copied to MLflow."""
         self._loop("loop with MLflow", self.experiment, _ALONE, mirrored=True)
 
     def checkpoint(self) -> None:
-        found = self.bench.loop(self.experiment, _ALONE, self.work[_RATE], saves=True)
-        self.values["checkpoint stall/seconds"].append(found["checkpoint_stall_s"])
-        step_s = self.experiment.training.global_batch_size / found[_RATE]
+        measured = self.bench.loop(self.experiment, _ALONE, self.work[_RATE], saves=True)
+        self.values["checkpoint stall/seconds"].append(measured["checkpoint_stall_s"])
+        step_s = self.experiment.training.global_batch_size / measured[_RATE]
         self.values["a step/seconds"].append(step_s)
 
     def launch(self) -> None:
@@ -60,9 +60,9 @@ class Series:
         self.values["bare start/seconds"].append(bare_start(self.bench.place, self.placement))
 
     def scaled(self, kind: str, placement: Placement) -> None:
-        """strong: the same global batch; weak: as many images a rank; ZeRO 1: strong, under DeepSpeed.
+        """Measures the loop on several ranks; on a CPU each has one thread.
 
-        On a CPU each rank has one thread.
+        kind: strong (the same global batch), weak (the same batch per rank), or ZeRO 1 (strong, by DeepSpeed).
         """
         ranks, training = placement.world_size, self.experiment.training
         update: dict[str, Any] = {}
@@ -75,8 +75,8 @@ class Series:
         self._loop(f"{kind} {ranks} ranks", made, placement, env=env)
 
     def _loop(self, name: str, experiment: Experiment, placement: Placement, **how: Any) -> None:
-        found = self.bench.loop(experiment, placement, self.work[_RATE], **how)
-        for key, value in found.items():
+        measured = self.bench.loop(experiment, placement, self.work[_RATE], **how)
+        for key, value in measured.items():
             self.values[f"{name}/{key}"].append(value)
 
 
@@ -90,7 +90,7 @@ def series(
     rounds: int,
     bar: "tqdm[Any]",
 ) -> Iterator[list[Row]]:
-    """Yields all rows so far after each round. groups: of GROUPS. The bar gets its total here."""
+    """Yields all rows so far after each round, and sets the bar's total. groups: of GROUPS."""
     one = Series(bench, experiment, bench.write(experiment), placement)
     scaled = _scaling(placement)
     in_group: dict[str, list[Callable[[], None]]] = {
@@ -114,7 +114,7 @@ def series(
     # DeepSpeed's engine has no compiled step to compare.
     if scaled and training.engine == "ddp" and not training.compile:
         in_group["scaling"].append(partial(one.scaled, "ZeRO 1", scaled[-1]))
-    # Everything else is told how quick the model is by the bare step, and compared with the loop.
+    # The bare step predicts how long the others take; peers and MLflow are compared with the loop.
     if {"peers", "mlflow"} & set(groups):
         groups = ["loop", *groups]
     taken: list[Callable[[], None]] = [
@@ -130,7 +130,7 @@ def series(
 
 
 def _scaling(placement: Placement) -> list[Placement]:
-    """1, 2, 4 … ranks of one node, then 2, 4 … whole nodes; none for a single rank."""
+    """Returns 1, 2, 4 … ranks of one node, then 2, 4 … whole nodes; nothing for a single rank."""
     if placement.world_size == 1:
         return []
     nodes, here = placement
@@ -140,12 +140,12 @@ def _scaling(placement: Placement) -> list[Placement]:
 
 
 def _doubled(most: int) -> list[int]:
-    """1, 2, 4 … and `most`."""
+    """Returns 1, 2, 4 … and `most`."""
     return sorted({2**n for n in range(most.bit_length()) if 2**n < most} | {most})
 
 
 def _rows(name: str, one: Series, scaled: list[Placement]) -> list[Row]:
-    rows = [Row(name, key, list(found), _unit(key)) for key, found in one.values.items()]
+    rows = [Row(name, key, list(each), _unit(key)) for key, each in one.values.items()]
     by_name = {row.measured: row for row in rows}
 
     def compare(over: str, under: str, called: str) -> None:
@@ -175,7 +175,7 @@ def _rows(name: str, one: Series, scaled: list[Placement]) -> list[Row]:
 
 
 def _shares(name: str, one: Series, rate: Row) -> list[Row]:
-    """What the rate is in operations, and of the machine's peaks."""
+    """Returns the rate in operations, and as shares of the machine's peaks."""
     who = rate.measured.partition("/")[0]
     done = one.work["flops_per_image"] * rate.median
     rows = [Row(name, f"{who}/FLOP/s", [done], "FLOP/s")]

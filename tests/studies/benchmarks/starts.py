@@ -1,6 +1,6 @@
-"""Time from a launch to the first step, and what it is compared with: ranks that find each other with torch alone.
+"""Measures the time from a launch to the first step, and a bare start: ranks that meet with torch alone.
 
-As a program this is a rank of the latter; at its head is imported what such a rank needs, and no more.
+As a program this is a rank of a bare start, so the imports at its head are only those that such a rank needs.
 """
 
 import os
@@ -18,9 +18,9 @@ _POLL_S = 0.1
 
 
 def launch(home: Path, experiment: Path, place: "Place", placement: "Placement") -> float:
-    """Seconds from `launch.py` to the first step's line in the journal; the run is then cancelled.
+    """Returns the seconds from `launch.py` to the first step's line in the journal; then cancels the run.
 
-    home: an empty folder for it. Raises UserError where it does not come to that.
+    home: a new folder for it. Raises UserError if there is no first step.
     """
     from cvae.errors import UserError
     from cvae.files import paths
@@ -32,7 +32,7 @@ def launch(home: Path, experiment: Path, place: "Place", placement: "Placement")
     where = ["--cluster", place.name] if place.name else []
     ranks = ["--nodes", str(placement.nodes), "--gpus", str(placement.world_size)]
     words = [str(experiment), *ranks, *where, "--name", "launched", "--detach"]
-    said = _script("launch.py", words, env)
+    output = _script("launch.py", words, env)
     journal = home / "runs" / "launched" / "journal.jsonl"
     try:
         while time.time() - began < _TIMEOUT_S:
@@ -45,7 +45,7 @@ def launch(home: Path, experiment: Path, place: "Place", placement: "Placement")
     finally:
         if journal.parent.exists():
             _script("runs.py", ["cancel", "launched"], env)
-    raise UserError(f"a launch of {placement} came to no first step: {said.strip()[-300:]}")
+    raise UserError(f"a launch of {placement} came to no first step: {output.strip()[-300:]}")
 
 
 def _script(name: str, words: list[str], env: dict[str, str]) -> str:
@@ -59,9 +59,9 @@ def _script(name: str, words: list[str], env: dict[str, str]) -> str:
 
 
 def bare_start(place: "Place", placement: "Placement") -> float:
-    """Seconds from a bare srun (without SLURM: from starting the processes) until all have said hello.
+    """Returns the seconds from a bare srun (without SLURM: from starting the processes) until all ranks have met.
 
-    Raises UserError where that fails.
+    Raises UserError if that fails.
     """
     from cvae.errors import UserError
 
@@ -85,7 +85,7 @@ def bare_start(place: "Place", placement: "Placement") -> float:
 
 def _srun(place: "Place", placement: "Placement") -> list[str]:
     config = place.config
-    asked = {"partition": config.partition, "account": config.account, "qos": config.qos}
+    options = {"partition": config.partition, "account": config.account, "qos": config.qos}
     gpus = f"{config.gpu_type}:" if config.gpu_type else ""
     return [
         "srun",
@@ -93,7 +93,7 @@ def _srun(place: "Place", placement: "Placement") -> list[str]:
         f"--ntasks-per-node={placement.ranks_per_node}",
         f"--gpus-per-node={gpus}{placement.ranks_per_node}",
         f"--cpus-per-task={config.cpus_per_gpu or 1}",
-        *(f"--{name}={value}" for name, value in asked.items() if value),
+        *(f"--{name}={value}" for name, value in options.items() if value),
         *(sys.executable, str(Path(__file__).resolve())),
     ]
 
@@ -109,12 +109,12 @@ def _here(world_size: int) -> tuple[str, int]:
         )
         for rank in range(world_size)
     ]
-    told = [rank.communicate(timeout=_TIMEOUT_S)[0] for rank in ranks]
-    return "".join(told), max(abs(rank.returncode) for rank in ranks)
+    outputs = [rank.communicate(timeout=_TIMEOUT_S)[0] for rank in ranks]
+    return "".join(outputs), max(abs(rank.returncode) for rank in ranks)
 
 
 def hello() -> None:
-    """What a rank of a bare start does."""
+    """Joins the other ranks of a bare start and prints the time."""
     import torch
     import torch.distributed as dist
 

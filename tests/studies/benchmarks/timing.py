@@ -1,4 +1,4 @@
-"""Clocks and counters of one process: steps a second, memory, floating point operations, the machine's peaks."""
+"""Measures one process: steps per second, memory, and the machine's peaks."""
 
 import resource
 import time
@@ -18,7 +18,7 @@ _PEAK_S = 1.5
 
 
 def steps_per_second(step: Step, seconds: float, device: torch.device, multiple: int = 1) -> float:
-    """After some steps that do not count. multiple: the number of counted steps is one of it."""
+    """Returns the rate after some warm-up steps. multiple: the number of counted steps is a multiple of this."""
     for _ in range(max(_WARM_UP, multiple)):
         step()
     _wait(device)
@@ -35,7 +35,7 @@ def steps_per_second(step: Step, seconds: float, device: torch.device, multiple:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, else of this process and its largest child."""
+    """Returns the peak in bytes: of the GPU's allocator, or of this process and its largest child."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -43,7 +43,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peaks(name: str, device: torch.device) -> dict[str, float]:
-    """FLOP/s that a large matrix product, and a 3×3 convolution with its backward pass, reach here."""
+    """Returns the FLOP/s of a large matrix product, and of a 3×3 convolution with its backward pass."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     size = _MATRIX[device.type]
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
