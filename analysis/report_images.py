@@ -9,7 +9,7 @@ from PIL import Image
 from analysis.html_page import Part, picture
 from cvae.data.draws import sample_noise
 from cvae.errors import UserError
-from cvae.evaluation.latent_map import latent_figure, latent_map
+from cvae.evaluation.latents import latent_figure, latent_map
 from cvae.files.paths import printable
 from cvae.run import journal
 from cvae.run.directory import RunDirectory

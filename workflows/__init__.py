@@ -6,6 +6,7 @@ HINTS |= {
     "no_run": "`runs.py list` shows the runs there are",
     "run_taken": "choose another --name, or continue that run with"
     " `python workflows/runs.py resume {name}`",
+    "measure_fid": "name its file with --inception FILE",
 }
 for _dataset, _options in {
     "fashion_mnist": "",

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from cvae.errors import UserError
 from cvae.evaluation.caption_match import caption_match, match_grid
 from cvae.evaluation.classifier import SAMPLES_PER_CLASS, judge_samples
-from cvae.evaluation.latent_map import latent_figure, latent_map
+from cvae.evaluation.latents import latent_figure, latent_map
 from cvae.files.paths import write_atomically
 from cvae.progress import progress_bar
 from cvae.sampling.grids import labelled_grid, shrink, widest
@@ -31,10 +31,8 @@ _LONGEST_WORDS = 40
 class GeneratedFigure(NamedTuple):
     name: str
     picture: "Image | Figure"
-    text: list[str]
-    """Lines to print."""
-    facts: dict[str, Any]
-    """The numbers of the text, for a JSON file; empty if there are none."""
+    text: list[str]  # lines to print
+    facts: dict[str, Any]  # the numbers of the text, for a JSON file; empty if there are none
 
 
 def drawings(trained: TrainedModel, captions: list[str], count: int) -> GeneratedFigure:
@@ -114,10 +112,10 @@ def save(figure: GeneratedFigure, trained: TrainedModel, out: Path | None) -> li
 
 def _classes(trained: TrainedModel, count: int) -> GeneratedFigure:
     """Draws the paper's Figures 4 and 5, with a classifier's verdict on many more samples."""
-    classifier, accuracy = judge_samples(trained)
+    accuracy = judge_samples(trained)
     verdict = (
         f"{_percent(accuracy.overall)} of samples are classified as their class, by a classifier"
-        f" that gets {_percent(classifier.real_accuracy)} of real images right"
+        f" that gets {_percent(accuracy.real)} of real images right"
     )
     shares = {name: _percent(share, 0) for name, share in accuracy.per_class.items()}
     rows = [f"{name} {share}" for name, share in shares.items()]
@@ -125,7 +123,7 @@ def _classes(trained: TrainedModel, count: int) -> GeneratedFigure:
         "sample_accuracy": accuracy.overall,
         "sample_accuracy_per_class": accuracy.per_class,
         "samples_per_class": SAMPLES_PER_CLASS,
-        "classifier_real_accuracy": classifier.real_accuracy,
+        "classifier_real_accuracy": accuracy.real,
     }
     grid = labelled_grid(trained.draw(trained.classes, count), rows, title=verdict)
     return GeneratedFigure("classes", grid, [f"{verdict}:", aligned(shares.items())], facts)

@@ -31,6 +31,7 @@ class SampleAccuracy(NamedTuple):
 
     overall: float
     per_class: dict[str, float]
+    real: float  # the same share of real images
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,11 @@ class Classifier:
         per_class = {
             self.classes[label]: float(right[labels == label].mean()) for label in np.unique(labels)
         }
-        return SampleAccuracy(float(right.mean()), per_class)
+        return SampleAccuracy(float(right.mean()), per_class, self.real_accuracy)
 
 
-def judge_samples(
-    trained: TrainedModel, advance: Advance | None = None
-) -> tuple[Classifier, SampleAccuracy]:
-    """Draws SAMPLES_PER_CLASS images of each class; returns the classifier and its verdict on them.
+def judge_samples(trained: TrainedModel, advance: Advance | None = None) -> SampleAccuracy:
+    """Draws SAMPLES_PER_CLASS images of each class and judges them by the reference classifier.
 
     advance: see inference.sample. Raises UserError for data without labels.
     """
@@ -72,7 +71,7 @@ def judge_samples(
     labels = np.repeat(np.arange(len(trained.classes)), SAMPLES_PER_CLASS)
     condition = np.eye(len(trained.classes), dtype=np.float32)[labels]
     drawn = sample(trained.model, trained.noise(len(labels)), condition, advance)
-    return classifier, classifier.sample_accuracy(drawn, labels)
+    return classifier.sample_accuracy(drawn, labels)
 
 
 def reference_classifier(data: ExperimentData, device: torch.device) -> Classifier:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cvae.distributed import precision
 from cvae.distributed.ranks import Ranks, connect
@@ -29,6 +29,7 @@ from cvae.sampling import pictures
 from cvae.sampling.inference import is_finite
 from cvae.sampling.sampler import load_run
 
+T = TypeVar("T")
 _WRITE_EVERY_S = 1.0
 
 
@@ -74,8 +75,8 @@ def _evaluate(
                 share = -(-len(split) // ranks.world_size)
                 advance = _ProgressFile(progress_file, f"{run.name}: {group}", share)
             start = time.monotonic()
-            subject = EvaluationInput(trained, split, ranks, advance)
-            metrics = _GROUPS[group](subject, request, writer)
+            subject = EvaluationInput(trained, split, ranks, advance, writer)
+            metrics = _GROUPS[group](subject, request)
             prefix = metric_prefix(request.split)
             if writer is not None:
                 writer.append(
@@ -92,74 +93,66 @@ def _evaluate(
 Metrics = dict[str, float]
 
 
-def _elbo(subject: EvaluationInput, request: EvaluationRequest, writer: Journal | None) -> Metrics:
+def _elbo(subject: EvaluationInput) -> Metrics:
     experiment, data = subject.trained.experiment, subject.trained.data
     metrics = evaluate_elbo(subject.model, data, subject.split, experiment, subject.ranks)
     # The loss weighs kl by beta; the bound does not.
     return {**metrics, "neg_elbo": metrics["recon_loss"] + metrics["kl"]}
 
 
-def _reconstruction(
-    subject: EvaluationInput, request: EvaluationRequest, writer: Journal | None
-) -> Metrics:
+def _reconstruction(subject: EvaluationInput) -> Metrics:
     metrics, extremes = evaluate_reconstruction(subject)
-    if writer is not None and extremes is not None and request.split == "val":
-        run, step = subject.trained.run, subject.trained.step
-        assert run is not None
-        run.pictures.mkdir(exist_ok=True)
-        path = run.pictures / f"extremes-{step:08}.png"
-        pictures.write_png(extremes, path)
-        writer.append("picture", step=step, key="extremes", path=str(path.relative_to(run.path)))
+    trained, writer = subject.trained, subject.writer
+    if writer is not None and extremes is not None and subject.split is trained.data.val:
+        assert trained.run is not None
+        folder = trained.run.pictures
+        folder.mkdir(exist_ok=True)
+        file = folder / f"extremes-{trained.step:08}.png"
+        pictures.write_png(extremes, file)
+        path = str(file.relative_to(trained.run.path))
+        writer.append("picture", step=trained.step, key="extremes", path=path)
     return metrics
 
 
-def _fid(subject: EvaluationInput, request: EvaluationRequest, writer: Journal | None) -> Metrics:
+def _fid(subject: EvaluationInput, request: EvaluationRequest) -> Metrics:
     assert request.inception is not None
     device = subject.ranks.device
     network = Inception(Path(request.inception), device, request.inception_sha256)
     return evaluate_frechet(subject, network, "fid")
 
 
-def _on_first_rank(
-    subject: EvaluationInput, names: tuple[str, str], measure: Callable[[], tuple[float, float]]
-) -> Metrics:
-    """Returns two metrics that rank 0 measures alone; NaN if the weights are not finite."""
-    values = (math.nan, math.nan)
-    if subject.ranks.is_first and is_finite(subject.model):
-        values = measure()
-    return dict(zip(names, subject.ranks.tell(values), strict=True))
+def _classifier(subject: EvaluationInput) -> Metrics:
+    accuracy = _on_first_rank(subject, lambda: judge_samples(subject.trained, _ignore))
+    return {
+        "sample_accuracy": accuracy.overall if accuracy else math.nan,
+        "classifier_real_accuracy": accuracy.real if accuracy else math.nan,
+    }
 
 
-def _classifier(
-    subject: EvaluationInput, request: EvaluationRequest, writer: Journal | None
-) -> Metrics:
-    def measure() -> tuple[float, float]:
-        classifier, accuracy = judge_samples(subject.trained, _ignore)
-        return accuracy.overall, classifier.real_accuracy
-
-    return _on_first_rank(subject, ("sample_accuracy", "classifier_real_accuracy"), measure)
+def _captions(subject: EvaluationInput) -> Metrics:
+    match = _on_first_rank(subject, lambda: caption_match(subject.trained, subject.split))
+    return {
+        "caption_match": match.share if match else math.nan,
+        "caption_match_chance": match.chance if match else math.nan,
+    }
 
 
-def _captions(
-    subject: EvaluationInput, request: EvaluationRequest, writer: Journal | None
-) -> Metrics:
-    def measure() -> tuple[float, float]:
-        match = caption_match(subject.trained, subject.split)
-        return match.share, match.chance
-
-    return _on_first_rank(subject, ("caption_match", "caption_match_chance"), measure)
+def _on_first_rank(subject: EvaluationInput, measure: Callable[[], T]) -> T | None:
+    """Returns on every rank what rank 0 measures alone; None if the weights are not finite."""
+    value = measure() if subject.ranks.is_first and is_finite(subject.model) else None
+    return subject.ranks.tell(value)
 
 
-_GROUPS: dict[str, Callable[[EvaluationInput, EvaluationRequest, Journal | None], Metrics]] = {
-    "elbo": _elbo,
-    "iwae": lambda subject, request, _: evaluate_iwae(subject, request.iwae_samples),
-    "active_units": lambda subject, *_: active_units(subject),
-    "reconstruction": _reconstruction,
-    "frechet": lambda subject, *_: evaluate_frechet(subject, RandomFeatures(), "frechet_r64"),
+_GROUPS: dict[str, Callable[[EvaluationInput, EvaluationRequest], Metrics]] = {
+    "elbo": lambda subject, _: _elbo(subject),
+    "iwae": lambda subject, request: evaluate_iwae(subject, request.iwae_samples),
+    "active_units": lambda subject, _: active_units(subject),
+    "reconstruction": lambda subject, _: _reconstruction(subject),
+    "frechet": lambda subject, _: evaluate_frechet(subject, RandomFeatures(), "frechet_r64"),
     "fid": _fid,
-    "classifier": _classifier,
-    "probe": lambda subject, *_: probe(subject),
-    "captions": _captions,
+    "classifier": lambda subject, _: _classifier(subject),
+    "probe": lambda subject, _: probe(subject),
+    "captions": lambda subject, _: _captions(subject),
 }
 
 

@@ -14,6 +14,7 @@ from cvae.data.feed import MicroBatch, micro_batches
 from cvae.data.store import Split
 from cvae.distributed.ranks import Ranks
 from cvae.models.cvae import Cvae
+from cvae.run.journal import Journal
 from cvae.sampling.inference import AdaptiveBatches, images_at_once
 from cvae.sampling.trained_model import TrainedModel
 
@@ -23,12 +24,9 @@ T = TypeVar("T")
 class EvaluationBatch(NamedTuple):
     """Some images of this rank's share, as the model takes them."""
 
-    block: int
-    """Number of the block of evaluated images that they belong to."""
-    places: slice
-    """Their places in the block."""
-    rows: NDArray[np.int64]
-    """Their rows in the split."""
+    block: int  # number of the block of evaluated images that they belong to
+    places: slice  # their places in the block
+    rows: NDArray[np.int64]  # their rows in the split
     batch: MicroBatch
 
 
@@ -39,6 +37,7 @@ class EvaluationInput:
     ranks: Ranks
     advance: Callable[[float], object]
     """Is called with the number of further images of this rank that are done, or with a share of one."""
+    writer: Journal | None = None  # the run's journal, on rank 0
 
     @property
     def model(self) -> Cvae:

@@ -33,14 +33,11 @@ def likelihood_note(likelihoods: Iterable[str]) -> str:
 class EvaluationRequest:
     """Groups of metrics to measure for one run, as plain data."""
 
-    run: str
-    """The run's folder."""
-    split: str
-    """val | train"""
+    run: str  # the run's folder
+    split: str  # val | train
     groups: list[str]
     iwae_samples: int
-    inception: str | None = None
-    """The file of the Inception network."""
+    inception: str | None = None  # the file of the Inception network
     inception_sha256: str | None = None
 
     def key(self, group: str) -> str:
@@ -70,24 +67,23 @@ def fitting_groups(
     """
     condition = experiment.model.condition
     obstacles = {
-        "fid": "" if inception else "needs --inception FILE, a TorchScript Inception network",
+        "fid": "" if inception else "needs a TorchScript Inception network",
         "classifier": "" if condition == "label" else "needs a model that draws from classes",
         "probe": "" if labelled else f"needs labels, which {experiment.data.name} does not have",
         "captions": "" if condition == "text" else "needs a model that draws from captions",
     }
     if split != "val" and not obstacles["classifier"]:
         # Samples belong to no split, and the classifier is itself trained on the training images.
-        obstacles["classifier"] = f"judges samples, which --split {split} does not have"
+        obstacles["classifier"] = f"judges samples, which the split {split} does not have"
     for name in requested or ():
         if name not in METRIC_GROUPS:
             near = did_you_mean(name, METRIC_GROUPS)
             raise UserError(
-                f"--metrics {name}: there is no such group{near}; they are {', '.join(METRIC_GROUPS)}"
+                f"there is no group of metrics {name!r}{near}; they are {', '.join(METRIC_GROUPS)}"
             )
         if obstacles.get(name):
-            raise UserError(
-                f"--metrics {name}: {obstacles[name]} (model.condition = {condition!r})"
-            )
+            text = f"the metrics {name!r}: {obstacles[name]} (model.condition = {condition!r})"
+            raise UserError(text, hint=f"measure_{name}")
     if requested is None:
         return [name for name in METRIC_GROUPS if not obstacles.get(name)]
     return [name for name in METRIC_GROUPS if name in requested]

@@ -21,8 +21,7 @@ _SHOWN = 8
 
 class Reconstruction(NamedTuple):
     metrics: dict[str, float]
-    extremes: Image.Image | None
-    """The worst and the best reconstructions; on rank 0 only."""
+    extremes: Image.Image | None  # the worst and the best reconstructions; on rank 0 only
 
 
 def evaluate_reconstruction(subject: EvaluationInput) -> Reconstruction:

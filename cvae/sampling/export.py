@@ -24,22 +24,8 @@ from cvae.files.weights_file import write_weights
 from cvae.progress import progress_bar
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
-from cvae.sampling.export_format import (
-    CARD,
-    CONFIG,
-    EXPERIMENT,
-    EXPORTED_BY,
-    SAMPLES,
-    TEXT_ENCODER,
-    WEIGHTS,
-    DataFacts,
-    ExportedEncoder,
-    ExportedModel,
-    Provenance,
-    SplitFacts,
-    check_target,
-    plain_name,
-)
+from cvae.sampling import export_format
+from cvae.sampling.export_format import ExportedEncoder, ExportedModel
 from cvae.sampling.grids import labelled_grid
 from cvae.sampling.model_card import model_card
 from cvae.sampling.pictures import write_png
@@ -62,7 +48,7 @@ def export_run(run: RunDirectory, folder: Path) -> ExportedModel:
     Raises UserError if the folder is not empty or cannot be written (disk full, no permission), if the run
     has no checkpoint, or if its data or its text encoder are missing or have changed.
     """
-    check_target(folder)
+    export_format.check_target(folder)
     trained = load_run(run)
     if trained.encoder_entry is not None:
         _ = trained.text_encoder  # raises UserError if it is not the run's own
@@ -70,13 +56,13 @@ def export_run(run: RunDirectory, folder: Path) -> ExportedModel:
     with _whole(folder) as new_folder:
         _write_weights(run, trained, new_folder)
         if exported.text_encoder is not None:
-            _copy_encoder(exported.text_encoder, new_folder / TEXT_ENCODER)
+            _copy_encoder(exported.text_encoder, new_folder / export_format.TEXT_ENCODER)
         count = _FEW if trained.model.n_parameters() > _LARGE else _SAMPLES
         prompts = _prompts(trained, count)
-        write_png(_sample_grid(trained, prompts, count), new_folder / SAMPLES)
+        write_png(_sample_grid(trained, prompts, count), new_folder / export_format.SAMPLES)
         _write_config(exported, new_folder)
         card = model_card(exported, trained.experiment, trained.model, prompts[:2])
-        write_atomically(new_folder / CARD, card)
+        write_atomically(new_folder / export_format.CARD, card)
     return exported
 
 
@@ -93,9 +79,9 @@ def write_model(run: RunDirectory, folder: Path) -> None:
 
 
 def _write_weights(run: RunDirectory, trained: TrainedModel, folder: Path) -> None:
-    shutil.copy(run.experiment_file, folder / EXPERIMENT)
+    shutil.copy(run.experiment_file, folder / export_format.EXPERIMENT)
     weights = {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()}
-    write_weights(weights, folder / WEIGHTS, from_pytorch=True)
+    write_weights(weights, folder / export_format.WEIGHTS, from_pytorch=True)
 
 
 def _write_config(exported: ExportedModel, folder: Path) -> None:
@@ -106,14 +92,14 @@ def _write_config(exported: ExportedModel, folder: Path) -> None:
         digests = {
             str(file.relative_to(folder)): sha256_of_file(file, bar.update) for file in files
         }
-    write_atomically(folder / CONFIG, exported.to_json(digests))
+    write_atomically(folder / export_format.CONFIG, exported.to_json(digests))
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """whole_folder, with a UserError if the disk is full, for which safetensors has an error of its own."""
     try:
-        with whole_folder(folder, EXPORTED_BY) as new_folder:
+        with whole_folder(folder, export_format.EXPORTED_BY) as new_folder:
             yield new_folder
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -132,8 +118,8 @@ def _copy_encoder(encoder: ExportedEncoder, folder: Path) -> None:
                 # A pickle: weights_only reads its tensors without running its code.
                 tensors = torch.load(source / name, map_location="cpu", weights_only=True)
                 whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-                write_weights(whole, folder / WEIGHTS, from_pytorch=True)
-                encoder.entry.hash = sha256_of_file(folder / WEIGHTS)
+                write_weights(whole, folder / export_format.WEIGHTS, from_pytorch=True)
+                encoder.entry.hash = sha256_of_file(folder / export_format.WEIGHTS)
             else:
                 shutil.copyfile(source / name, folder / name)
             bar.update(size)
@@ -169,21 +155,21 @@ def _describe(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
         encoder = ExportedEncoder(name=experiment.data.text_encoder, entry=entry.model_copy())
     splits = data.store.manifest.splits
     return ExportedModel(
-        name=plain_name(run.name),
+        name=export_format.plain_name(run.name),
         step=trained.step,
         image_shape=data.image_shape,
         condition_dim=data.condition_dim,
         classes=trained.classes if experiment.model.condition == "label" else [],
         text_encoder=encoder,
         metrics=_metrics(run, lines, trained.step),
-        data=DataFacts(
+        data=export_format.DataFacts(
             dataset=data.store.manifest.dataset,
             digest=data.digest,
             train=_split(experiment.data.train, splits),
             trained_on=len(data.train_rows),
             val=_split(experiment.data.val, splits),
         ),
-        provenance=Provenance(
+        provenance=export_format.Provenance(
             packages=start.get("packages", {}),
             commands=[_without_folders(str(line.get("command", ""))) for line in run.submissions()],
             hosts=len(set(start["hosts"])) if "hosts" in start else None,
@@ -195,15 +181,10 @@ def _describe(run: RunDirectory, trained: TrainedModel) -> ExportedModel:
 _AS_IN_THE_JOURNAL = ("commit", "uncommitted_changes", "world_size", "device", "precision")
 
 
-def _split(name: str, splits: Mapping[str, SplitManifest]) -> SplitFacts:
+def _split(name: str, splits: Mapping[str, SplitManifest]) -> export_format.SplitFacts:
     split = splits[name]
-    return SplitFacts(
-        name=name,
-        images=split.images,
-        captions=split.captions,
-        skipped=len(split.skipped),
-        source=split.source,
-    )
+    facts = split.model_dump(include={"images", "captions", "source"})
+    return export_format.SplitFacts(name=name, skipped=len(split.skipped), **facts)
 
 
 def _without_folders(command: str) -> str:

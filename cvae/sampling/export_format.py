@@ -50,8 +50,7 @@ class SplitFacts(_Block):
     name: str
     images: int
     captions: int
-    skipped: int
-    """Number of files of the source that could not be used."""
+    skipped: int  # number of files of the source that could not be used
     source: dict[str, Any]
 
 
@@ -59,11 +58,9 @@ class DataFacts(_Block):
     """The data that the model was trained on."""
 
     dataset: str
-    digest: str
-    """sha256 over the checksums of the prepared files that the run read."""
+    digest: str  # sha256 over the checksums of the prepared files that the run read
     train: SplitFacts
-    trained_on: int
-    """Number of images of `train` that data.fraction left."""
+    trained_on: int  # number of images of `train` that data.fraction left
     val: SplitFacts
 
 
@@ -90,15 +87,12 @@ class ExportedModel(_Block):
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=f"^{_NAME}$")]
     """Part of the names of pictures."""
-    step: Annotated[int, Field(ge=0, lt=2**53)]
-    """Number of optimizer steps that led to the weights."""
-    image_shape: tuple[_Size, _Size, _Size]
-    """C, H, W."""
+    step: Annotated[int, Field(ge=0, lt=2**53)]  # number of optimizer steps that led to the weights
+    image_shape: tuple[_Size, _Size, _Size]  # C, H, W
     condition_dim: Annotated[int, Field(ge=0, le=2**16)]
     classes: list[str]
     text_encoder: ExportedEncoder | None
-    metrics: dict[str, float]
-    """At `step`, by their names in MLflow: val/loss, val/kl, …"""
+    metrics: dict[str, float]  # at `step`, by their names in MLflow: val/loss, val/kl, …
     data: DataFacts
     provenance: Provenance
     sha256: dict[str, str] = {}

@@ -49,19 +49,14 @@ class TrainedModel:
     name: str
     experiment: Experiment
     model: Cvae
-    step: int
-    """Number of optimizer steps that led to the weights."""
-    classes: list[str]
-    """Class names of labelled data, by number; empty for captioned data."""
+    step: int  # number of optimizer steps that led to the weights
+    classes: list[str]  # class names of labelled data, by number; empty for captioned data
     encoder_source: str | None
     """The argument of load_encoder: a name, or the folder of an exported copy."""
-    encoder_entry: TextEncoderEntry | None
-    """Describes the encoder that prepared the captions."""
+    encoder_entry: TextEncoderEntry | None  # describes the encoder that prepared the captions
     data_digest: str
-    run: RunDirectory | None
-    """None for an exported model."""
-    seed: int
-    """Seed of the noise; the experiment's unless replaced."""
+    run: RunDirectory | None  # None for an exported model
+    seed: int  # seed of the noise; the experiment's unless replaced
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +190,7 @@ class TrainedModel:
             return names.index(wanted)
         if wanted.isdecimal() and int(wanted) < len(names):
             return int(wanted)
-        hint = did_you_mean(wanted, names) or f"; its classes are {', '.join(self.classes)}"
+        hint = did_you_mean(wanted, self.classes) or f"; its classes are {', '.join(self.classes)}"
         raise UserError(f"{prompt!r} is no class of {self.experiment.data.name}{hint}")
 
     def noise(self, count: int) -> Vectors:

@@ -42,7 +42,7 @@ def test_bad_input_is_one_line(tiny_store: Path, home: Path) -> None:
     for arguments, message in (
         (["tiyn"], "no such run"),
         (["empty"], "has no checkpoint yet"),
-        (["tiny", "--metrics", "psnr"], "--metrics psnr: there is no such group"),
+        (["tiny", "--metrics", "psnr"], "there is no group of metrics 'psnr'"),
         (["tiny", "--metrics", "captions"], "draws from captions"),
         (["tiny", "--inception", str(home / "none.pt")], "no such file"),
         (["tiny", "--split", "test"], "invalid choice"),

@@ -127,7 +127,7 @@ def test_another_split_is_really_another(tiny_captioned_store: Path, tmp_path: P
     }
     assert all(text.startswith("train") for text in by_split[trained.data.train])
     asked = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
-    found = _GROUPS["captions"](asked, request(run, ["captions"], "train"), None)
+    found = _GROUPS["captions"](asked, request(run, ["captions"], "train"))
     assert found["caption_match_chance"] == 1 / 32  # val has 21 images, train 50
     labelled = Experiment.model_validate(tiny_experiment())
     assert "classifier" not in fitting_groups(labelled, True, None, None, "train")
@@ -171,8 +171,8 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     assert "captions" in fitting_groups(captioned, False, None, None)
     assert fitting_groups(labelled, True, ["iwae", "elbo"], None) == ["elbo", "iwae"]
     for experiment, group, message in (
-        (labelled, "iwea", "no such group.*iwae"),
-        (labelled, "fid", "needs --inception FILE"),
+        (labelled, "iwea", "no group of metrics 'iwea'.*iwae"),
+        (labelled, "fid", "needs a TorchScript Inception network"),
         (labelled, "captions", "draws from captions"),
         (captioned, "probe", "needs labels"),
     ):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cvae.errors import UserError
-from cvae.evaluation.latent_map import latent_map, linear_probe
+from cvae.evaluation.latents import latent_map, linear_probe
 from cvae.sampling.sampler import load_run
 from tests.helpers.trained_runs import make_run
 
