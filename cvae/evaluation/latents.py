@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from cvae.errors import UserError
-from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
 from cvae.models.cvae import to_unit
 from cvae.progress import progress_bar
 from cvae.sampling.inference import encode
@@ -19,6 +18,9 @@ from cvae.sampling.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    # It imports what a machine that only draws need not have.
+    from cvae.evaluation.evaluation_input import EvaluationBatch, EvaluationInput
 
 _ACTIVE = 0.01
 _PROBED, _SHOWN, _SEED, _TSNE_STEPS = 10_000, 2_500, 0, 750
@@ -39,7 +41,7 @@ class LatentMap(NamedTuple):
     probe: Probe
 
 
-def active_units(subject: EvaluationInput) -> dict[str, float]:
+def active_units(subject: "EvaluationInput") -> dict[str, float]:
     """Returns active_units, the number of latent dimensions whose posterior mean varies over the images.
 
     A dimension varies if the variance exceeds 0.01 (Burda et al. 2016, section 5.2). Under a learned prior
@@ -48,7 +50,7 @@ def active_units(subject: EvaluationInput) -> dict[str, float]:
     size = int(np.prod(subject.model.latent_shape))
     sums = torch.zeros(2, size, dtype=torch.float64, device=subject.ranks.device)
 
-    def moments(batch: EvaluationBatch) -> torch.Tensor:
+    def moments(batch: "EvaluationBatch") -> torch.Tensor:
         images, condition, noise = batch.batch
         mean = subject.model.encode(to_unit(images), condition).mean
         mean = mean - subject.model.draw_latent(torch.zeros_like(noise), condition)
@@ -64,12 +66,12 @@ def active_units(subject: EvaluationInput) -> dict[str, float]:
     return {"active_units": active}
 
 
-def probe(subject: EvaluationInput) -> dict[str, float]:
+def probe(subject: "EvaluationInput") -> dict[str, float]:
     """Returns linear_probe and linear_probe_chance for a labelled split; see linear_probe()."""
     labels = subject.split.labels
     assert labels is not None
 
-    def mean(batch: EvaluationBatch) -> torch.Tensor:
+    def mean(batch: "EvaluationBatch") -> torch.Tensor:
         return subject.model.encode(to_unit(batch.batch.images), batch.batch.condition).mean
 
     means = subject.gather(mean, int(np.prod(subject.model.latent_shape)))
