@@ -72,7 +72,7 @@ def test_a_state_of_ray_tune_that_older_code_pickled_is_begun_anew(
     sweep.ray.mkdir()
     (sweep.ray / "experiment_state-1.json").write_text('{"trial_id": "a"}')
     (sweep.ray / "tuner.pkl").write_bytes(b"cworkflows.sweeps.book\nBook\n.")
-    monkeypatch.setattr(driver.tune, "with_parameters", lambda run, **parameters: run)
+    monkeypatch.setattr("ray.tune.with_parameters", lambda run, **parameters: run)
     assert driver.make_tuner(sweep, 1, 1.0) is not None
     assert "No module named 'workflows.sweeps.book'" in caplog.text
     assert not list(sweep.ray.glob("experiment_state-*"))
