@@ -61,7 +61,7 @@ def two_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run,
             (run.path / "weights" / "model.safetensors").write_bytes(b"weights")
             run.journal.append("artifact", path="weights", artifact_path="weights")
             run.end()
-        assert [mirror.finish(60) for mirror in mirrors] == [0, 0], runs[0].log + runs[1].log
+        assert [mirror.finish(180) for mirror in mirrors] == [0, 0], runs[0].log + runs[1].log
         yield runs
 
 
