@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from cvae.errors import UserError
+from cvae.errors import UserError, one_line
 from cvae.files.file_lock import file_lock
 from cvae.redaction import guard_output, without_password, without_secrets
 from cvae.tracking.mlflow_state import behind
@@ -107,7 +107,7 @@ def sync(run_dir: Path, progress: Callable[[int], object]) -> None:
             raise
         except Exception as error:
             raise UserError(
-                f"MLflow at {without_password(pusher.uri)} does not take the run: {one_line(error)}"
+                f"MLflow at {without_password(pusher.uri)} does not take the run: {_reason(error)}"
             ) from None
 
 
@@ -191,9 +191,9 @@ def follow(push: Callable[[], object], end: Callable[[], object], patience_s: fl
                 continue
             if not noticed:
                 noticed = True
-                _log.warning("MLflow is away: %s", one_line(error))
+                _log.warning("MLflow is away: %s", _reason(error))
             if ended_at is not None and now - max(ended_at, away_since) > patience_s:
-                _log.error("giving up: %s", one_line(error))
+                _log.error("giving up: %s", _reason(error))
                 return 1
             wait = min(2 * wait, _LONGEST_WAIT_S)
 
@@ -213,6 +213,10 @@ def last_log_line(run_dir: Path) -> str:
     except OSError:
         return ""
     return re.sub(r"^[\d-]+ [\d:,]+ ", "", lines[-1]) if lines else ""
+
+
+def _reason(error: Exception) -> str:
+    return one_line(without_secrets(str(error)))
 
 
 def _log_file(run_dir: Path) -> Path:
@@ -238,11 +242,6 @@ def prepare_mlflow() -> None:
     warnings.filterwarnings("ignore", module=r"(mlflow|sqlalchemy|alembic)\b")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def one_line(error: Exception) -> str:
-    """Returns MLflow's message as one line of at most 300 characters, without passwords."""
-    return without_secrets(" ".join(str(error).split()))[:300]
 
 
 if __name__ == "__main__":
