@@ -229,7 +229,7 @@ def test_server_stopped_in_mid_run_and_started_again(
     run.steps(*range(500, 600))
     run.end()
     with caplog.at_level(logging.WARNING):
-        assert mirror.finish(60) == 0, run.log
+        assert mirror.finish(180) == 0, run.log
     assert "had died" in caplog.text
 
     assert points(server.database, run) == each_once(*range(1, 600))
