@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cvae.config import experiment
-from cvae.models.backbone import Moments
+from cvae.models.backbone import ImageShape, Moments
 from cvae.models.fusion import build_fusion
 
 
@@ -14,11 +14,7 @@ class ToMoments(nn.Module):
     """Maps the encoder's last feature map and the condition to μ and log σ²."""
 
     def __init__(
-        self,
-        model: experiment.Model,
-        maps: tuple[int, int, int],
-        stages: Sequence[int],
-        condition_dim: int,
+        self, model: experiment.Model, maps: ImageShape, stages: Sequence[int], condition_dim: int
     ):
         """maps: shape of the feature map. stages: channels of the encoder's stages, for `self.fusion`."""
         super().__init__()
@@ -43,11 +39,7 @@ class FromLatent(nn.Module):
     """Maps latent and condition to the decoder's first feature map."""
 
     def __init__(
-        self,
-        model: experiment.Model,
-        maps: tuple[int, int, int],
-        stages: Sequence[int],
-        condition_dim: int,
+        self, model: experiment.Model, maps: ImageShape, stages: Sequence[int], condition_dim: int
     ):
         """maps: shape of the feature map. stages: channels of the decoder's stages, for `self.fusion`."""
         super().__init__()
@@ -67,5 +59,5 @@ class FromLatent(nn.Module):
         return projected.reshape(-1, *self.maps)
 
 
-def _latent_shape(model: experiment.Model, maps: tuple[int, int, int]) -> tuple[int, ...]:
+def _latent_shape(model: experiment.Model, maps: ImageShape) -> tuple[int, ...]:
     return (model.latent_dim, *maps[1:]) if model.is_spatial else (model.latent_dim,)

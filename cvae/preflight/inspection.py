@@ -26,16 +26,7 @@ from cvae.errors import UserError
 from cvae.files.file_lock import has_flock
 from cvae.files.paths import write_atomically
 from cvae.models.cvae import Cvae, build_model
-from cvae.preflight.checks import (
-    Facts,
-    Finding,
-    Gpu,
-    Need,
-    Network,
-    Plain,
-    judge,
-    judge_network,
-)
+from cvae.preflight.checks import Facts, Finding, Gpu, Need, Network, Plain, judge, judge_network
 from cvae.run import code_snapshot
 from cvae.run.provenance import package_versions
 
