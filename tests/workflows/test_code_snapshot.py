@@ -96,11 +96,13 @@ def test_a_run_uses_the_code_of_its_submission_and_a_resumed_one_todays(
     for file, text in broken.items():
         file.write_text(text)
     gate.unlink()
-    said = command("runs.py", "resume", "x", *here)
+    output = command("runs.py", "resume", "x", *here)
     last = submissions(run)[-1]
     job_state.end(last, 0, lambda _: None)
     assert last.code not in (None, id)
     assert last.folder == str(run.path.resolve())
-    assert "the run began with" in said
-    assert f"code/{id} runs/x/code/{last.code}\n" in said.replace(f"{home}/", "").replace("../", "")
+    assert "the run began with" in output
+    assert f"code/{id} runs/x/code/{last.code}\n" in output.replace(f"{home}/", "").replace(
+        "../", ""
+    )
     assert "the bug" not in (run.path / f"code/{last.code}/cvae/evaluation/elbo.py").read_text()

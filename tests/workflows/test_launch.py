@@ -32,7 +32,7 @@ STEPS = 2000
 
 @pytest.fixture
 def tiny(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An experiment's file on a prepared store, on a machine where no SLURM answers."""
+    """Returns an experiment file on a prepared store, on a machine where no SLURM controller responds."""
     home = tiny_store.parent.parent
     _silence_slurm(home, monkeypatch)
     file = home / "tiny.yaml"
@@ -49,7 +49,7 @@ def _silence_slurm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything(folder: Path) -> dict[str, float]:
-    """Returns when each file was changed, but for what is remembered of verified stores."""
+    """Returns the modification times of all files except the records of verified stores."""
     files = [file for file in sorted(folder.rglob("*")) if ".verified" not in file.parts]
     return {str(file): file.stat().st_mtime for file in files}
 
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny: str, home: Path) -> N
         launch.main([tiny, "--name", "x"])
 
 
-def test_dry_run_tells_all_and_writes_nothing(
+def test_a_dry_run_prints_everything_and_writes_nothing(
     tiny: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = everything(home)
@@ -141,7 +141,7 @@ def test_a_run_that_fails_says_why(tiny: str, capsys: pytest.CaptureFixture[str]
         runs.main(["cancel", "bad"])
 
 
-def test_bad_input_that_only_the_job_can_find_is_said_once_and_not_tried_again(
+def test_bad_input_that_only_the_job_can_find_is_reported_once_and_not_retried(
     tiny: str, tiny_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ranks.new_run("moved", tiny_experiment(max_steps=5))
@@ -150,8 +150,8 @@ def test_bad_input_that_only_the_job_can_find_is_said_once_and_not_tried_again(
     assert runs.main(["resume", "moved", "--cluster", "local"]) == 2
     out = capsys.readouterr().out
     assert out.count("failed at step 0: moved was trained on other data") == 1
-    [told] = ranks.lines(run, "end")
-    assert (told["status"], told["reason"].count("was trained on other data")) == ("failed", 1)
+    [end] = ranks.lines(run, "end")
+    assert (end["status"], end["reason"].count("was trained on other data")) == ("failed", 1)
     submission = last_submission(run)
     assert submission is not None
     [one] = attempts.read(run.logs, submission.job_id)
@@ -189,8 +189,8 @@ def test_detached_cancelled_resumed_and_finished(
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=60) for process in twice]
-    assert sorted(process.returncode for process in twice) == [0, 2], said
+    outputs = [process.communicate(timeout=60) for process in twice]
+    assert sorted(process.returncode for process in twice) == [0, 2], outputs
 
     assert runs.main(["logs", "latest", "--follow"]) == 0
     out = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_detached_cancelled_resumed_and_finished(
 
 
 def _launch_and_press_ctrl_c(*words: str) -> tuple[int, str]:
-    """Exit status and output of a launch on a terminal, on which Ctrl-C is pressed during the first steps."""
+    """Returns the exit status and output of a launch on a terminal; Ctrl-C is pressed during the first steps."""
     terminal, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     process = subprocess.Popen(
@@ -254,7 +254,7 @@ def _read(terminal: int) -> str:
 
 
 def test_submissions_are_written_down(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What other tools read of launch.json."""
+    """What other tools read of launch.json is accepted, with fields of later versions."""
     run = RunDirectory.create("r", Experiment.model_validate(tiny_experiment()))
     entry = {
         "time": 1.0,
@@ -272,7 +272,9 @@ def test_submissions_are_written_down(home: Path, capsys: pytest.CaptureFixture[
     assert "whether job 12 on v100 has ended is not known: " in capsys.readouterr().out
 
 
-def test_a_training_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_keeps_its_memory_unless_the_user_decides_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
         monkeypatch.delenv(name, raising=False)
     code = "import os\nfor _ in range(20): bytearray(50 << 20)\n"

@@ -9,7 +9,7 @@ from tests.conftest import tiny_experiment
 from workflows import launch
 
 
-def test_it_tells_of_the_node_and_leaves_only_the_code(
+def test_it_describes_the_node_and_leaves_only_the_code(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch.main(["--preflight", "--gpus", "2", "--cluster", "local"]) == 0

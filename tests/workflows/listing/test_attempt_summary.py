@@ -79,8 +79,8 @@ def test_what_the_last_preflight_saw(run: RunDirectory) -> None:
     network = {"latency_s": 2e-4, "bytes": 10**8, "seconds": 0.02}
     line = {"time": 51.0, "kind": "preflight", "hosts": {"n1": host, "n2": other}, "warnings": []}
     with run.journal_file.open("w") as file:
-        for seconds, found in ((7.0, None), (1.2, network)):
-            file.write(json.dumps({**line, "seconds": seconds, "all_reduce": found}) + "\n")
+        for seconds, measured in ((7.0, None), (1.2, network)):
+            file.write(json.dumps({**line, "seconds": seconds, "all_reduce": measured}) + "\n")
     text = show_text(run)
     assert "2 nodes in 1.2 s, free memory 29.0 GB, free disk 90.0 GB, clocks within 0.4 s" in text
     assert "all-reduce: 0.20 ms for 8 bytes, 0.020 s for 100 MB: 5 GB/s" in text
