@@ -109,6 +109,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _resume(sweep: SweepDirectory, options: Any) -> int:
+    if options.words:
+        raise UserError(
+            f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
+        )
     from workflows.jobs.submission import locked
     from workflows.sweeps import live_view
 
@@ -119,10 +123,6 @@ def _resume(sweep: SweepDirectory, options: Any) -> int:
 
 def _resubmit(sweep: SweepDirectory, options: Any) -> bool:
     """Submits the sweep unless it runs or is finished. Returns whether it is to be watched."""
-    if options.words:
-        raise UserError(
-            f"--resume {sweep.name}: a sweep goes on as it is, without {options.words[0]}"
-        )
     from workflows.jobs.submission import unknown
     from workflows.sweeps import live_view, mirror, submission
 

@@ -66,10 +66,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {"model.latent_dim": 20} for {"model": {"latent_dim": 20}}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 

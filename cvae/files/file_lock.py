@@ -9,6 +9,7 @@ that has ended may remove it.
 
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -36,8 +37,7 @@ _TOUCH_EVERY_S, _GONE_AFTER_S = 5.0, 75.0
 # Two that announce themselves at the same moment see each other, and both retry for so long.
 _SAME_MOMENT_S = 0.5
 _warned_folders: set[Path] = set()
-_counter_lock = threading.Lock()
-_counter = 0
+_numbers = itertools.count(1)
 
 
 class Locked(UserError):
@@ -116,23 +116,19 @@ def _try(lock: Callable[[], object]) -> bool | None:
 
 
 class _Owner(NamedTuple):
-    """A process that holds or wants a lock, as the name of its file identifies it."""
+    """A process that holds or wants a lock; the name of its file consists of these fields."""
 
     host: str
     boot: str
-    pids: str
-    """The namespace of process ids; each container has its own."""
+    pids: str  # the namespace of process ids; each container has its own
     pid: int
     began: str
-    number: int
-    """Distinguishes the locks of one process."""
+    number: int  # distinguishes the locks of one process
 
     @classmethod
     def new(cls) -> "_Owner":
-        global _counter
-        with _counter_lock:
-            _counter += 1
-        return cls(*_this_host(), os.getpid(), _start_time(os.getpid()) or "0", _counter)
+        pid = os.getpid()
+        return cls(*_this_host(), pid, _start_time(pid) or "0", next(_numbers))
 
     @classmethod
     def read(cls, name: str) -> "_Owner | None":
@@ -182,8 +178,12 @@ def _announce(path: Path, lock: ExitStack) -> bool:
             own.unlink(missing_ok=True)
             raise
         if free:
-            lock.callback(own.unlink, missing_ok=True)
-            lock.enter_context(_touched(own))
+            over = threading.Event()
+            thread = threading.Thread(target=_touch, args=(own, over), daemon=True)
+            thread.start()
+            lock.callback(own.unlink, missing_ok=True)  # callbacks run in reverse order
+            lock.callback(thread.join, _TOUCH_EVERY_S)
+            lock.callback(over.set)
             return True
         own.unlink(missing_ok=True)
         if time.monotonic() - began > _SAME_MOMENT_S:
@@ -214,20 +214,8 @@ def _others(path: Path, own: Path) -> bool:
     return others
 
 
-@contextmanager
-def _touched(file: Path) -> Iterator[None]:
+def _touch(file: Path, over: threading.Event) -> None:
     """Shows other hosts, which cannot see this process, that it is alive."""
-    over = threading.Event()
-
-    def touch() -> None:
-        while not over.wait(_TOUCH_EVERY_S):
-            with suppress(OSError):
-                os.utime(file)
-
-    thread = threading.Thread(target=touch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(_TOUCH_EVERY_S)
+    while not over.wait(_TOUCH_EVERY_S):
+        with suppress(OSError):
+            os.utime(file)

@@ -21,12 +21,11 @@ from cvae.files.file_lock import file_lock
 MARKER = ".made-by.json"
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
-    stat.S_IFBLK: "a device",
-    stat.S_IFCHR: "a device",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
+    **dict.fromkeys((stat.S_IFBLK, stat.S_IFCHR), "a device"),
 }
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # Errors of file systems that cannot exchange two names in one step.
@@ -72,12 +71,13 @@ def check_folder(folder: Path, made_by: str, older: Callable[[Path], bool] = _ne
             if any((parent / name).exists() for name in ("experiment.yaml", "manifest.json")):
                 raise UserError(f"{folder} is part of {parent}; name a folder elsewhere")
         return path
-    files = _files_made(path, made_by)
-    if files is None:
+    marker = _marker(path)
+    files = marker.get("files")
+    if marker.get("made_by") != made_by or not isinstance(files, list):
         raise UserError(
             f"{folder} is not empty, and was not made by {made_by}; name a new folder, or remove it first"
         )
-    if strange := sorted(_files(path) - files):
+    if strange := sorted(_files(path) - {MARKER, *map(str, files)}):
         raise UserError(
             f"{folder} holds {strange[0]}, which {made_by} did not make; name a new folder, or move it away"
         )
@@ -163,15 +163,6 @@ def _exchange(one: Path, other: Path) -> None:
     if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(other))
-
-
-def _files_made(folder: Path, made_by: str) -> set[str] | None:
-    """Returns the files that the folder's marker lists for this command; None if it lists none."""
-    marker = _marker(folder)
-    files = marker.get("files")
-    if marker.get("made_by") != made_by or not isinstance(files, list):
-        return None
-    return {MARKER, *map(str, files)}
 
 
 def mark(folder: Path, made_by: str) -> None:
