@@ -26,7 +26,7 @@ from cvae.files.paths import write_atomically
 from cvae.run import journal
 from slurm.ray_cluster import PROBLEM, connect, trouble
 from workflows.sweeps.directory import LISTED, SweepDirectory
-from workflows.sweeps.sweep_file import Space, Sweep, seeds
+from workflows.sweeps.sweep_file import Space, Sweep
 from workflows.sweeps.trial import TrialRun
 from workflows.sweeps.trial_log import TrialLog, ids_known_to_tune
 
@@ -145,7 +145,7 @@ def make_tuner(sweep: SweepDirectory, slots: int, gpus_per_trial: float) -> Any:
 def param_space(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
     """Returns all combinations of the listed keys as one grid, and the distributions of the drawn keys."""
     lists = {
-        key: space.grid or seeds(experiment, space.seeds or 0)
+        key: space.grid or list(range(experiment.seed, experiment.seed + (space.seeds or 0)))
         for key, space in sweep.space.items()
         if space.kind in ("grid", "seeds")
     }

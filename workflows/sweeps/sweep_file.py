@@ -203,10 +203,6 @@ def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment
     return yaml_model.replaced(experiment, values)
 
 
-def seeds(experiment: Experiment, number: int) -> list[int]:
-    return list(range(experiment.seed, experiment.seed + number))
-
-
 def _impossible(sweep: Sweep, experiment: Experiment) -> list[str]:
     lists = {key: space.grid or space.choice for key, space in sweep.space.items()}
     keys = [key for key, values in lists.items() if values]
