@@ -34,7 +34,7 @@ def reported_by_gpus(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=50),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=1, total=2),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=1, used=1, total=2),
         nvmlDeviceGetPowerUsage=lambda handle: 1000,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
