@@ -130,7 +130,7 @@ def test_an_exported_model_draws_where_the_person_is(
     assert (here / sheet).read_bytes() == drawn
     assert sorted(folder.rglob("*")) == before
 
-    # Sheets of other captions, counts and seeds lie beside it; the printed path is where they are.
+    # Sheets of other captions, counts and seeds do not replace it; the printed path is theirs.
     for more in (["--seed", "5"], ["-n", "3"], ["middle"], ["middle", "low"]):
         capsys.readouterr()
         main([str(folder), "low", "high", "-n", "2", *more])

@@ -33,13 +33,13 @@ def trained(tiny_store: Path) -> TrainedModel:
 def everything(
     trained: TrainedModel, tell: Callable[[float], object] = lambda n: None
 ) -> dict[str, float]:
-    asked = EvaluationInput(trained, trained.data.train, ALONE, tell)
+    subject = EvaluationInput(trained, trained.data.train, ALONE, tell)
     found = evaluate_elbo(
-        trained.model, trained.data, asked.split, trained.experiment, ALONE
-    ) | evaluate_iwae(asked, 7)
+        trained.model, trained.data, subject.split, trained.experiment, ALONE
+    ) | evaluate_iwae(subject, 7)
     trained.model.eval()
-    found |= active_units(asked) | probe(asked) | evaluate_reconstruction(asked).metrics
-    return found | evaluate_frechet(asked, RandomFeatures(), "r64")
+    found |= active_units(subject) | probe(subject) | evaluate_reconstruction(subject).metrics
+    return found | evaluate_frechet(subject, RandomFeatures(), "r64")
 
 
 class SmallDevice:
@@ -123,12 +123,12 @@ def test_memory_is_measured_by_the_largest_map(tiny_captioned_store: Path) -> No
 def test_iwae_decodes_no_more_draws_than_memory_holds(
     trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = EvaluationInput(trained, trained.data.val, ALONE, lambda images: None)
+    subject = EvaluationInput(trained, trained.data.val, ALONE, lambda images: None)
     small = SmallDevice(monkeypatch, trained.model, room=10**6)
-    whole = evaluate_iwae(asked, 40)
-    assert small.most == 40 * len(asked.split)
+    whole = evaluate_iwae(subject, 40)
+    assert small.most == 40 * len(subject.split)
     small.most = 0
     limit = 100 * inference.memory_of_an_image(trained.model)
     monkeypatch.setattr(iwae, "memory_for_images", lambda device: limit)
-    assert evaluate_iwae(asked, 40) == pytest.approx(whole, rel=1e-6)
-    assert small.most == 4 * len(asked.split)
+    assert evaluate_iwae(subject, 40) == pytest.approx(whole, rel=1e-6)
+    assert small.most == 4 * len(subject.split)

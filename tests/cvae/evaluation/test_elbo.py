@@ -32,9 +32,9 @@ def test_it_is_the_mean_over_single_images(
         noise = torch.from_numpy(block.noise[[row]])
         stranger = (row + 1) % len(data.val)
         parts = []
-        for told in (row, stranger):
+        for described in (row, stranger):
             # The stranger's caption is picked by the image's own draw.
-            captions = data.val.condition(np.array([told]), block.caption_choice[[row]])
+            captions = data.val.condition(np.array([described]), block.caption_choice[[row]])
             assert captions is not None
             with torch.no_grad():
                 elbo = model(images, torch.from_numpy(captions), noise)
@@ -49,7 +49,7 @@ def test_it_is_the_mean_over_single_images(
     assert found["text_gain_se"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_model_that_is_told_nothing_has_no_text_gain(tiny_store: Path) -> None:
+def test_a_model_without_captions_has_no_text_gain(tiny_store: Path) -> None:
     experiment = Experiment.model_validate(tiny_experiment())
     data = open_data(experiment)
     model = build_model(experiment.model, data.image_shape, data.condition_dim, 0)

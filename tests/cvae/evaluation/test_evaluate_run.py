@@ -44,14 +44,14 @@ def measured(run: RunDirectory) -> dict[str, float]:
 
 def evaluate_on(world_size: int, runs: list[RunDirectory], folder: Path) -> list[dict[str, float]]:
     """All in the same processes: starting them takes longer than evaluating."""
-    asked = json.dumps([asdict(request(run)) for run in runs])
+    requests = json.dumps([asdict(request(run)) for run in runs])
     code = (
         "import json, sys; from pathlib import Path\n"
         "from cvae.evaluation.evaluate_run import _GROUPS, evaluate_runs\n"
         "evaluate_runs(json.loads(sys.argv[1]), Path(sys.argv[2]))"
     )
-    said = finish(start_python(["-c", code, asked, str(folder / "progress")], world_size))
-    assert all(lines(run, "evaluation") for run in runs), "\n".join(said)
+    output = finish(start_python(["-c", code, requests, str(folder / "progress")], world_size))
+    assert all(lines(run, "evaluation") for run in runs), "\n".join(output)
     return [measured(run) for run in runs]
 
 
@@ -75,10 +75,10 @@ def test_one_and_three_ranks_find_one_number(
 
 def test_a_checkpoint_is_measured_once(tiny_store: Path, tmp_path: Path) -> None:
     run = make_run()
-    asked = [asdict(request(run, ["elbo", "reconstruction"]))]
-    evaluate_runs(asked, tmp_path / "progress")
+    requests = [asdict(request(run, ["elbo", "reconstruction"]))]
+    evaluate_runs(requests, tmp_path / "progress")
     before = run.journal_file.read_bytes()
-    evaluate_runs(asked, tmp_path / "progress")
+    evaluate_runs(requests, tmp_path / "progress")
     assert run.journal_file.read_bytes() == before
     evaluate_runs([asdict(request(run, ["elbo", "iwae"]))], tmp_path / "progress")
     keys = [line["key"] for line in lines(run, "evaluation")]
@@ -88,7 +88,9 @@ def test_a_checkpoint_is_measured_once(tiny_store: Path, tmp_path: Path) -> None
     assert lines(run, "evaluation")[-1]["metrics"]["eval_train/loss"] > 0
 
 
-def test_a_second_inception_network_is_asked_itself(tiny_store: Path, tmp_path: Path) -> None:
+def test_a_second_inception_network_gives_its_own_distance(
+    tiny_store: Path, tmp_path: Path
+) -> None:
     run = make_run()
 
     class Brightness(torch.nn.Module):
@@ -103,17 +105,17 @@ def test_a_second_inception_network_is_asked_itself(tiny_store: Path, tmp_path: 
     found = []
     for scale in (1.0, 3.0):
         torch.jit.script(Brightness(scale)).save(str(file))
-        asked = replace(request(run, []), groups=["fid"], inception=str(file))
-        asked = replace(asked, inception_sha256=sha256_of_file(file))
+        fid_request = replace(request(run, []), groups=["fid"], inception=str(file))
+        fid_request = replace(fid_request, inception_sha256=sha256_of_file(file))
         for _ in range(2):
-            evaluate_runs([asdict(asked)], tmp_path / "progress")
+            evaluate_runs([asdict(fid_request)], tmp_path / "progress")
         found.append(lines(run, "evaluation")[-1]["metrics"]["eval/fid_samples"])
     assert found[1] == pytest.approx(9 * found[0], rel=1e-3)
     assert len(lines(run, "evaluation")) == 2
     file.write_bytes(b"another")
     with pytest.raises(UserError, match=r"inception\.pt: has changed since"):
         evaluate_runs(
-            [asdict(replace(asked, iwae_samples=6, split="train"))], tmp_path / "progress"
+            [asdict(replace(fid_request, iwae_samples=6, split="train"))], tmp_path / "progress"
         )
 
 
@@ -126,8 +128,8 @@ def test_another_split_is_really_another(tiny_captioned_store: Path, tmp_path: P
         for split in (trained.data.val, trained.data.train)
     }
     assert all(text.startswith("train") for text in by_split[trained.data.train])
-    asked = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
-    found = _GROUPS["captions"](asked, request(run, ["captions"], "train"))
+    subject = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
+    found = _GROUPS["captions"](subject, request(run, ["captions"], "train"))
     assert found["caption_match_chance"] == 1 / 32  # val has 21 images, train 50
     labelled = Experiment.model_validate(tiny_experiment())
     assert "classifier" not in fitting_groups(labelled, True, None, None, "train")
@@ -146,7 +148,7 @@ def test_extremes_are_the_worst_and_the_best(tiny_store: Path, tmp_path: Path) -
 def test_units_that_say_nothing_of_the_image_are_not_active(tiny_store: Path) -> None:
     trained = load_run(make_run(), torch.device("cpu"))
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    asked = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
+    subject = EvaluationInput(trained, trained.data.train, ranks, lambda images: None)
     encode = trained.model.encode
 
     def with_two_active(images: torch.Tensor, condition: torch.Tensor | None):  # type: ignore[no-untyped-def]
@@ -158,7 +160,7 @@ def test_units_that_say_nothing_of_the_image_are_not_active(tiny_store: Path) ->
         return moments._replace(mean=mean)
 
     trained.model.encode = with_two_active  # type: ignore[method-assign]
-    assert active_units(asked) == {"active_units": 2.0}
+    assert active_units(subject) == {"active_units": 2.0}
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
@@ -187,7 +189,7 @@ def test_a_run_on_other_data_is_not_judged_by_these(tiny_store: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("captioned", [False, True])
-def test_numbers_that_are_none_are_told_as_such(
+def test_numbers_that_are_not_finite_are_reported_as_such(
     captioned: bool,
     tiny_store: Path,
     tiny_captioned_store: Path,

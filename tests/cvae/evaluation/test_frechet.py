@@ -29,14 +29,14 @@ class TwoNumbers(nn.Module):
 
 
 def test_the_distance_is_that_of_two_gaussians(tiny_store: Path) -> None:
-    asked = subject()
-    found = evaluate_frechet(asked, TwoNumbers(), "two")
+    inputs = subject()
+    distances = evaluate_frechet(inputs, TwoNumbers(), "two")
     features = TwoNumbers()
     real, made = [], []
-    for part, _ in asked.map(lambda part: None):
+    for part, _ in inputs.map(lambda part: None):
         images, condition, noise = part.batch
         real.append(features(images))
-        drawn = asked.model.decode(asked.model.draw_latent(noise, condition), condition)
+        drawn = inputs.model.decode(inputs.model.draw_latent(noise, condition), condition)
         made.append(features((drawn * 255).round()).detach())
     x, y = torch.cat(real), torch.cat(made)
     # Dowson & Landau 1982: for 2×2 matrices tr √M = √(tr M + 2 √det M).
@@ -44,8 +44,8 @@ def test_the_distance_is_that_of_two_gaussians(tiny_store: Path) -> None:
     root = (product.trace() + 2 * product.det().clamp(min=0).sqrt()).sqrt()
     expected = (x.mean(0) - y.mean(0)).square().sum() + torch.cov(x.T).trace()
     expected = expected + torch.cov(y.T).trace() - 2 * root
-    assert found["two_samples"] == pytest.approx(float(expected), rel=1e-6)
-    assert set(found) == {"two_reconstructions", "two_samples"}
+    assert distances["two_samples"] == pytest.approx(float(expected), rel=1e-6)
+    assert set(distances) == {"two_reconstructions", "two_samples"}
 
 
 def test_random_features_are_always_the_same() -> None:
@@ -63,13 +63,13 @@ class Extractor(nn.Module):
         return images.float().mean(dim=(2, 3)) if return_features else images.float()
 
 
-def test_a_users_inception_is_asked_for_its_features(tiny_store: Path, tmp_path: Path) -> None:
+def test_a_users_inception_gives_its_features(tiny_store: Path, tmp_path: Path) -> None:
     file = tmp_path / "inception.pt"
     torch.jit.script(Extractor()).save(str(file))
     network = Inception(file, torch.device("cpu"))
     assert network.num_features == 3
-    found = evaluate_frechet(subject(), network, "fid")
-    assert set(found) == {"fid_reconstructions", "fid_samples"}
+    distances = evaluate_frechet(subject(), network, "fid")
+    assert set(distances) == {"fid_reconstructions", "fid_samples"}
     file.write_text("no network")
     with pytest.raises(UserError, match="must be a TorchScript network"):
         Inception(file, torch.device("cpu"))

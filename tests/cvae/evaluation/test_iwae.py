@@ -1,4 +1,4 @@
-"""The importance-weighted bound beside closed forms, on a model small enough to have them."""
+"""The importance-weighted bound compared with closed forms, on a model small enough to have them."""
 
 import math
 from collections.abc import Callable

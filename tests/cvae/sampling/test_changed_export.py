@@ -35,7 +35,7 @@ def reseal(folder: Path, change: Callable[[Tree], object] = lambda tree: None) -
     file.write_text(json.dumps(tree))
 
 
-def said(key: str, value: object) -> Callable[[Path], None]:
+def with_value(key: str, value: object) -> Callable[[Path], None]:
     return lambda folder: reseal(folder, lambda tree: tree.update({key: value}))
 
 
@@ -101,23 +101,23 @@ def missing(name: str) -> Callable[[Path], None]:
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
-    "name that climbs": said("name", "../../pwn"),
-    "absolute name": said("name", "/tmp/pwn"),
-    "name of dots": said("name", ".."),
-    "empty name": said("name", ""),
-    "name with an escape": said("name", "a\x1b[2J"),
-    "long name": said("name", "x" * 10_000),
-    "name that is a number": said("name", 7),
-    "step below 0": said("step", -1),
-    "step beyond all": said("step", 10**30),
-    "a shape of nothing": said("image_shape", [1, 0, 16]),
-    "a shape beyond memory": said("image_shape", [1, 10**9, 10**9]),
-    "another shape": said("image_shape", [1, 32, 32]),
-    "another condition": said("condition_dim", 4),
-    "negative condition": said("condition_dim", -3),
-    "other classes": said("classes", ["low", "high"]),
-    "no data": said("data", None),
-    "unknown key": said("what", 1),
+    "name that climbs": with_value("name", "../../pwn"),
+    "absolute name": with_value("name", "/tmp/pwn"),
+    "name of dots": with_value("name", ".."),
+    "empty name": with_value("name", ""),
+    "name with an escape": with_value("name", "a\x1b[2J"),
+    "long name": with_value("name", "x" * 10_000),
+    "name that is a number": with_value("name", 7),
+    "step below 0": with_value("step", -1),
+    "step beyond all": with_value("step", 10**30),
+    "a shape of nothing": with_value("image_shape", [1, 0, 16]),
+    "a shape beyond memory": with_value("image_shape", [1, 10**9, 10**9]),
+    "another shape": with_value("image_shape", [1, 32, 32]),
+    "another condition": with_value("condition_dim", 4),
+    "negative condition": with_value("condition_dim", -3),
+    "other classes": with_value("classes", ["low", "high"]),
+    "no data": with_value("data", None),
+    "unknown key": with_value("what", 1),
     "digest of an absolute name": listed("/etc/hostname"),
     "digest of a name that climbs": listed("../outside"),
     "digest of a hidden climb": listed("text_encoder/../../outside"),

@@ -180,7 +180,7 @@ def test_what_was_changed_is_refused(name: str, exported: Path) -> None:
         load(exported)
 
 
-def test_other_folders_are_told_apart(exported: Path, tmp_path: Path, small_bert: str) -> None:
+def test_other_folders_are_recognised(exported: Path, tmp_path: Path, small_bert: str) -> None:
     (exported / "README.md").write_text("for people to complete")
     assert load(exported).step == 7
     (tmp_path / "empty").mkdir()

@@ -32,12 +32,12 @@ def ink(text: str) -> np.ndarray:
     return np.asarray(page)
 
 
-def test_letters_without_a_font_are_named_and_told(system_fonts: list[Path]) -> None:
+def test_letters_without_a_font_are_named_and_reported(system_fonts: list[Path]) -> None:
     texts = ["一 dog 🐶!", "größer قطة 👍🏽"]
     assert legible(texts[0]).split() == ["U+4E00", "dog", "[dog", "face]", "!"]
     assert legible(texts[1]).split() == ["größer", "قطة", "[thumbs", "up", "sign]"]
     assert without_font(texts) == ["一", "🐶", "👍"]
-    # What is drawn is what is said: no box for a letter that is not there.
+    # There is no box for a letter without a font.
     assert wrap("一二", font(), 300) == ["U+4E00 U+4E8C"]
 
 
