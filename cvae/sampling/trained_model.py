@@ -87,7 +87,8 @@ class TrainedModel:
 
         Raises UserError if it names other data than are prepared here.
         """
-        start = next((line for line in reversed(lines) if line["kind"] == "start"), {})
+        starts = (line for line in reversed(lines) if line["kind"] == "start")
+        start: dict[str, Any] = next(starts, {})
         digest = start.get("data_digest", self.data_digest)
         if digest != self.data_digest:
             raise UserError(
