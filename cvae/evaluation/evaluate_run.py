@@ -70,10 +70,10 @@ def _evaluate(
             key = request.key(group)
             if key in known_keys:
                 continue
-            advance: Callable[[float], object] = _ignore
-            if ranks.is_first:
-                share = -(-len(split) // ranks.world_size)
-                advance = _ProgressFile(progress_file, f"{run.name}: {group}", share)
+            share = -(-len(split) // ranks.world_size)
+            progress = _ProgressFile(progress_file, f"{run.name}: {group}", share)
+            advance = progress.advance if ranks.is_first else _ignore
+            advance(0)
             start = time.monotonic()
             subject = EvaluationInput(trained, split, ranks, advance, writer)
             metrics = _GROUPS[group](subject, request)
@@ -166,9 +166,8 @@ class _ProgressFile:
     def __init__(self, file: Path, group: str, total: int):
         self.file, self.content = file, {"what": group, "total": total}
         self.done = self.written_at = 0.0
-        self(0)
 
-    def __call__(self, images: float) -> None:
+    def advance(self, images: float) -> None:
         self.done += images
         if time.monotonic() - self.written_at > _WRITE_EVERY_S:
             self.written_at = time.monotonic()

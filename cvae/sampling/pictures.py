@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cvae.config.experiment import Experiment
 from cvae.data import draws
 from cvae.data.experiment_data import ExperimentData
 from cvae.files.paths import write_atomically
@@ -29,18 +28,13 @@ _CURVES = {"loss": "loss (−ELBO)", "recon_loss": "reconstruction loss", "kl": 
 
 
 @torch.inference_mode()
-def training_pictures(
-    model: Cvae, data: ExperimentData, experiment: Experiment, device: torch.device
-) -> dict[str, Image.Image]:
-    """Returns the pictures of one evaluation: "samples" and "reconstructions".
+def training_pictures(model: Cvae, data: ExperimentData, seed: int) -> dict[str, Image.Image]:
+    """Returns the pictures of one evaluation, "samples" and "reconstructions", by a model in eval mode.
 
     Prompts, images and noise are the same every time, so that two pictures differ by the model alone.
-    model: in eval mode, on `device`.
     """
-    return {
-        "samples": sample_grid(model, data, experiment.seed),
-        "reconstructions": reconstruction_grid(model, data),
-    }
+    samples, reconstructions = sample_grid(model, data, seed), reconstruction_grid(model, data)
+    return {"samples": samples, "reconstructions": reconstructions}
 
 
 def sample_grid(model: Cvae, data: ExperimentData, seed: int) -> Image.Image:

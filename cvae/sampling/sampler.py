@@ -96,13 +96,10 @@ def load_export(folder: Path, device: torch.device | None = None) -> TrainedMode
 def _check_sizes(folder: Path, exported: ExportedModel, experiment: Experiment) -> None:
     """Raises UserError unless the sizes in config.json are those that the experiment requires."""
     encoder, size = exported.text_encoder, experiment.data.image_size
-    condition = experiment.model.condition
-    widths = {
-        "text": encoder.entry.dim if encoder and experiment.data.text_encoder else 0,
-        "label": len(exported.classes),
-        "none": exported.condition_dim,
-    }
-    if exported.condition_dim != widths[condition] or exported.image_shape[1:] != (size, size):
+    text_dim = encoder.entry.dim if encoder and experiment.data.text_encoder else 0
+    widths = {"text": text_dim, "label": len(exported.classes)}
+    width = widths.get(experiment.model.condition, exported.condition_dim)
+    if exported.condition_dim != width or exported.image_shape[1:] != (size, size):
         file = folder / export_format.CONFIG
         raise UserError(f"{file} is damaged: its sizes are not those of {export_format.EXPERIMENT}")
 

@@ -271,8 +271,7 @@ class Trainer:
     def _draw(self) -> None:
         averaged = self.engine.eval_model
         if self.ranks.is_first:
-            device = self.ranks.device
-            images = pictures.training_pictures(averaged, self.data, self.experiment, device)
+            images = pictures.training_pictures(averaged, self.data, self.experiment.seed)
             self.logger.pictures(self.step, images)
 
     def _not_finite(self, step: int, where: str) -> Diverged:
