@@ -19,10 +19,7 @@ def add_job_options(
         "--nodes", type=positive, default=nodes, metavar="N", help=f"default: {defaults or 1}"
     )
     parser.add_argument(
-        "--gpus",
-        type=positive,
-        metavar="G",
-        help=f"in total (default: {defaults or gpus})",
+        "--gpus", type=positive, metavar="G", help=f"in total (default: {defaults or gpus})"
     )
     parser.add_argument(
         "--cluster", metavar="NAME", help=f"configs/clusters/NAME.yaml (default: {where})"

@@ -49,7 +49,7 @@ def code_text(run: RunDirectory) -> str:
 
 
 def next_facts(run: RunDirectory, state: RunState) -> list[Fact]:
-    """Returns where the run's pictures and metrics are, and which commands generate images or continue it."""
+    """Returns where pictures and metrics are, and the commands that generate images, resume the run or sync it."""
     facts: list[Fact] = []
     if any(run.pictures.glob("*.png")):
         facts.append(("pictures", shown(run.pictures)))
@@ -57,20 +57,16 @@ def next_facts(run: RunDirectory, state: RunState) -> list[Fact]:
         facts.append(("generate", f"python workflows/generate.py {printable(run.name)}"))
     if state.status in ("stopped", "cancelled", "failed", "died"):
         facts.append(("continue", f"python workflows/runs.py resume {printable(run.name)}"))
-    return [*facts, ("MLflow", _mlflow(run, state))]
-
-
-def _mlflow(run: RunDirectory, state: RunState) -> str:
-    """Returns how to open MLflow and, if it lacks lines of the journal, how to send them."""
+    mlflow = open_mlflow()
     try:
         missing = behind(run.path)
+        # As long as the job lives, its mirror is at work and always a little behind.
+        if missing and not state.job.alive:
+            sync = f"python workflows/runs.py sync {printable(run.name)}"
+            mlflow += f"\n{count(missing, 'line')} behind: {sync}"
     except (UserError, OSError) as error:
-        return f"{open_mlflow()}\n{printable(str(error))}"
-    # As long as the job lives, its mirror is at work and always a little behind.
-    if state.job.alive or not missing:
-        return open_mlflow()
-    sync = f"{count(missing, 'line')} behind: python workflows/runs.py sync {run.name}"
-    return f"{open_mlflow()}\n{sync}"
+        mlflow += f"\n{printable(str(error))}"
+    return [*facts, ("MLflow", mlflow)]
 
 
 def open_mlflow() -> str:

@@ -124,9 +124,11 @@ def show_text(run: RunDirectory) -> str:
     if entries and (attempts := attempt_lines(run, lines, state.job)):
         facts.append(("attempts", "\n".join(attempts)))
     facts += _journal_facts(lines)
-    facts += _checkpoints(run)
-    notices = [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]
-    if notices:
+    if names := sorted(path.name for path in run.checkpoints.glob("step-*")):
+        link = run.checkpoints / "best"
+        best = f"; best {link.readlink().name}" if link.is_symlink() else ""
+        facts.append(("checkpoints", ", ".join(names) + best))
+    if notices := [f"{clock(x['time'])}: {x['message']}" for x in lines if x["kind"] == "notice"]:
         facts.append(("notices", "\n".join(notices[-_NOTICES_SHOWN:])))
     return aligned([*facts, ("logs", shown(run.logs)), *next_facts(run, state)])
 
@@ -196,10 +198,3 @@ def _ran_on(start: Line, n_starts: int) -> list[Fact]:
         ("ranks", f"{start.get('world_size') or '?'} × {device}, {precision}, on {hosts}"),
         ("code", (start.get("commit") or "unknown")[:12] + changed),
     ]
-
-
-def _checkpoints(run: RunDirectory) -> list[Fact]:
-    names = sorted(path.name for path in run.checkpoints.glob("step-*"))
-    link = run.checkpoints / "best"
-    best = f"; best {link.readlink().name}" if link.is_symlink() else ""
-    return [("checkpoints", ", ".join(names) + best)] if names else []
