@@ -9,8 +9,7 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,7 +74,7 @@ def table_files(name: str, frame: pd.DataFrame) -> dict[str, bytes]:
     """Returns a frame as CSV and as Parquet, without its index."""
     # Parquet has no columns of mixed types: they become text.
     texts = {
-        column: frame[column].map(lambda x: None if x is None or x is pd.NA else clean(str(x)))
+        str(column): frame[column].map(lambda x: None if x is None or x is pd.NA else clean(str(x)))
         for column in frame
         if frame[column].dtype == object
     }
@@ -131,7 +130,7 @@ def table(
 
 def drawing(figure: "Figure", name: str, title: str, text: str = "") -> Part:
     """Returns a figure as SVG in the page's own ink, and its files."""
-    svg = _svg(figure, name)
+    svg = clean(_save(figure, name, format="svg", metadata={"Date": None}).decode())
     inline = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2)
     width = round(figure.get_figwidth() * _PIXELS_PER_INCH)
     sizes = f"max-width:{width}px;min-width:{min(width, _LEAST_WIDTH)}px"
@@ -196,19 +195,8 @@ def _cell(
     return text
 
 
-def _svg(figure: "Figure", salt: str) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Without a salt, clip paths have random names and two reports of the same runs differ.
-    with matplotlib.rc_context({"svg.hashsalt": clean(salt)}), _literal_text(figure):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return clean(buffer.getvalue())
-
-
-@contextmanager
-def _literal_text(figure: "Figure") -> Iterator[None]:
-    """Draws the texts of a figure literally: a dollar sign in a name does not start a formula."""
+def _save(figure: "Figure", salt: str = "", **options: Any) -> bytes:
+    """Returns the file of a figure, with literal texts: a dollar sign in a name does not start a formula."""
     import matplotlib
     from matplotlib.text import Text
 
@@ -216,19 +204,21 @@ def _literal_text(figure: "Figure") -> Iterator[None]:
         assert isinstance(text, Text)
         text.set_parse_math(False)
         text.set_text(clean(text.get_text()))
-    # A glyph that no font has is drawn as a box, without a warning.
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    buffer = io.BytesIO()
+    # Without a salt, clip paths have random names and two reports of the same runs differ.
+    settings = {"text.parse_math": False, "svg.hashsalt": clean(salt)}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A glyph that no font has is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _png(image: "Image.Image | Figure") -> bytes:
+    if not isinstance(image, Image.Image):
+        return _save(image, format="png", dpi=130, facecolor="white")
     buffer = io.BytesIO()
-    if isinstance(image, Image.Image):
-        image.save(buffer, format="PNG", optimize=True)
-    else:
-        with _literal_text(image):
-            image.savefig(buffer, format="png", dpi=130, facecolor="white")
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

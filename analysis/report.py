@@ -14,15 +14,14 @@ import warnings
 from pathlib import Path
 
 from analysis import curves, runs
-from analysis.html_page import Part, render
+from analysis.html_page import render
 from analysis.report_data import ReportData
-from analysis.report_images import MOST_RUNS, opened, pictures
+from analysis.report_images import MOST_RUNS, pictures
 from analysis.report_sections import sections, summary
 from cvae import command_line
 from cvae.command_line import Parser
 from cvae.errors import UserError
 from cvae.files.output_folder import check_folder, whole_folder
-from cvae.run.directory import RunDirectory
 
 _NAME = "report.py"
 _MADE_BY = "Made by analysis/report.py of cvae-workflow."
@@ -50,7 +49,9 @@ def main(arguments: list[str]) -> int:
     data = _load(options)
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
-    made = sections(data, _pictures(data))
+    drawn, refused = pictures(data.showcase(MOST_RUNS), data.labels)
+    data.notes += refused
+    made = sections(data, drawn)
     command = " ".join(["python analysis/report.py", *arguments])
     page = render(
         _title(options, list(data.runs.index)),
@@ -87,13 +88,6 @@ def _load(options: argparse.Namespace) -> ReportData:
         )
     notes = [str(warning.message) for warning in caught if warning.category is UserWarning]
     return ReportData(table, points, notes)
-
-
-def _pictures(data: ReportData) -> list[Part]:
-    """Returns what the best runs draw; notes which cannot, and why."""
-    trained, refused = opened([RunDirectory(Path(path)) for path in data.showcase(MOST_RUNS)])
-    data.notes += [f"no pictures of {name}: {reason}" for name, reason in refused.items()]
-    return list(pictures(trained, data.labels))
 
 
 def _title(options: argparse.Namespace, names: list[str]) -> str:

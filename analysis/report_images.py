@@ -1,6 +1,7 @@
 """What several runs draw side by side: the same captions and the same noise through each of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,22 +23,23 @@ MOST_RUNS = 6
 _CAPTIONS, _CLASSES, _IMAGES, _MAPS = 6, 10, 10, 3
 
 
-def opened(runs: Sequence[RunDirectory]) -> tuple[list[TrainedModel], dict[str, str]]:
-    """Returns the runs that can draw, and why the others cannot, by name."""
-    trained, refused = [], {}
-    for run in runs:
+def pictures(folders: Sequence[str], labels: Mapping[str, str]) -> tuple[list[Part], list[str]]:
+    """Returns what the runs in these folders draw, and a note for each run that cannot.
+
+    These are grids of samples and reconstructions for each data set, maps of labelled ones, and what evaluate.py
+    has drawn. labels: what each run is called in a grid, by its name.
+    """
+    trained, notes = [], []
+    for folder in folders:
+        run = RunDirectory(Path(folder))
         try:
             trained.append(load_run(run))
         except (UserError, OSError) as error:
-            refused[printable(run.name)] = printable(str(error))
-    return trained, refused
+            notes.append(f"no pictures of {printable(run.name)}: {printable(str(error))}")
+    return list(_draw_all(trained, labels)), notes
 
 
-def pictures(trained: Sequence[TrainedModel], labels: Mapping[str, str]) -> Iterator[Part]:
-    """Yields grids of samples and reconstructions for each data set among the runs, and maps of labelled ones.
-
-    labels: what each run is called in a grid, by its name.
-    """
+def _draw_all(trained: Sequence[TrainedModel], labels: Mapping[str, str]) -> Iterator[Part]:
     by_data: dict[str, list[TrainedModel]] = {}
     for run in trained:
         by_data.setdefault(run.data.store.path.name, []).append(run)

@@ -41,7 +41,7 @@ def summary(data: ReportData) -> list[str]:
         )
     elif data.best is not None and not data.differ_in_meaning:
         group = f" ({data.groups[data.best]})" if data.keys else ""
-        lowest = whole.loc[data.best, METRIC]
+        lowest = whole[METRIC].astype(float).min()
         lines.append(f"Lowest {METRIC}: {lowest:.2f} nats per image, {data.best}{group}.")
     if len(whole) and whole.groupby(data.groups[whole.index]).size().max() == 1:
         lines.append("One seed each, so there are no intervals.")

@@ -43,7 +43,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def pairs(n_seeds: int, key: str, values: tuple[Any, Any], effect: float) -> list[dict[str, Any]]:
-    """Runs with the first value, and with the second, whose loss is higher by about the effect."""
+    """Returns runs with the first value and with the second, whose losses are higher by about the effect."""
     noise = np.random.default_rng(0).normal(0, 0.1, n_seeds)
     rows = []
     for seed in range(n_seeds):
@@ -59,8 +59,8 @@ def test_each_way_that_a_comparison_can_end() -> None:
         (("add", "concat"), 5.0, "contradicted"),
         (("concat", "add"), 0.0, "not decided"),
     ):
-        found = verdicts(pairs(4, "model_fusion", values, effect))
-        assert found == ["not tested", verdict, *["not tested"] * 4]
+        judged = verdicts(pairs(4, "model_fusion", values, effect))
+        assert judged == ["not tested", verdict, *["not tested"] * 4]
     assert verdicts(pairs(1, "model_fusion", ("concat", "add"), 5.0))[1] == "one seed"
 
 
@@ -79,11 +79,11 @@ def test_no_better_is_a_claim_about_one_side_with_a_margin() -> None:
 
 
 def share(verdict: str, effect: float, n_seeds: int, repetitions: int = 400) -> float:
-    """How often "no better" gets a verdict, by seeds whose differences vary by 4 nats."""
+    """Returns how often "no better" gets a verdict if the differences of seeds vary by 4 nats."""
     generator = np.random.default_rng(n_seeds)
     drawn = generator.normal(effect, 4.0, (repetitions, n_seeds))
-    found = [no_better(interval(x, level=0.90), MARGIN)[0] for x in drawn]
-    return found.count(verdict) / repetitions
+    judged = [no_better(interval(x, level=0.90), MARGIN)[0] for x in drawn]
+    return judged.count(verdict) / repetitions
 
 
 def test_a_tie_is_supported_by_seeds_enough_and_an_effect_is_not() -> None:
@@ -105,7 +105,7 @@ def test_losses_of_different_meaning_are_never_compared() -> None:
 
 
 def evidence(claim: int) -> tuple[list[dict[str, Any]], set[str]]:
-    """Runs of four seeds that decide a claim, the second system's every other; and the keys that it frees."""
+    """Returns runs of four seeds that decide a claim, the two systems by turns, and the keys that may differ."""
     ldm = {"model_backbone": "ldm"}
     both: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
         0: ({"model_condition": "none"}, {"model_condition": "label"}),
@@ -144,17 +144,17 @@ def test_runs_that_differ_in_another_key_are_not_averaged(claim: int) -> None:
         and (key.count(".") < 2 or (claim == 4 and key.startswith("model.ldm")))
     ]
     assert len(keys) > 20
-    # One of two systems; half of the seeds; one run. In turn, since each takes a while.
+    # Changed in one of two systems, half of the seeds or one run, by turns, since each takes a while.
     for key, changed in zip(keys, cycle((range(1, 8, 2), range(4), range(7, 8))), strict=False):
         frame = whole.astype(object)
         frame[key] = ["other" if n in changed else value for n, value in enumerate(frame[key])]
-        told = judge_one(CLAIMS[claim], frame)
-        if told["verdict"] in ("supported", "contradicted"):
-            # Those that have a partner of their own setting are a smaller set of alike runs.
+        row = judge_one(CLAIMS[claim], frame)
+        if row["verdict"] in ("supported", "contradicted"):
+            # The runs that still have a partner in their setting are a smaller set of alike runs.
             alone = claim < 3 and (len(changed) == 1 or key in MEANING)
-            assert (alone, told["seeds"]) == (True, 3 if len(changed) == 1 else 2), key
-        elif told["verdict"] != "not tested":  # it is no run of the claim any more
-            assert (told["verdict"], key in told["why"]) == ("not comparable", True), told
+            assert (alone, row["seeds"]) == (True, 3 if len(changed) == 1 else 2), key
+        elif row["verdict"] != "not tested":  # the run is not about the claim any more
+            assert (row["verdict"], key in row["why"]) == ("not comparable", True), row
 
 
 def test_failed_and_infinite_runs_decide_nothing() -> None:

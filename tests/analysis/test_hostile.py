@@ -1,4 +1,4 @@
-"""Reports of what runs really hold: nothing yet, odd numbers, and strings that mean something to a page."""
+"""Reports of odd runs: without measurements, with odd numbers, and with strings that could be markup."""
 
 import os
 import re
@@ -79,8 +79,12 @@ def test_no_string_of_a_run_becomes_part_of_the_page(
     for name in ("one", "two"):
         run = make_run(name, captioned=True)
         end = {"status": "failed" if name == "two" else "finished", "step": 1, "reason": evil}
-        asked = {"step": 1, "key": "val/x", "metrics": {f"eval/{evil}": 2.0, "eval/iwae_5": 9.0}}
-        lines = (start(**facts), STEP, ("epoch", epoch), ("evaluation", asked), ("end", end))
+        evaluation = {
+            "step": 1,
+            "key": "val/x",
+            "metrics": {f"eval/{evil}": 2.0, "eval/iwae_5": 9.0},
+        }
+        lines = (start(**facts), STEP, ("epoch", epoch), ("evaluation", evaluation), ("end", end))
         write(run, *lines)
         run.launch_file.write_text("[]")
         text = run.experiment_file.read_text()

@@ -1,4 +1,4 @@
-"""Runs that only MLflow has, beside what their folders said."""
+"""Runs that only MLflow has, compared with their folders."""
 
 import shutil
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def pushed(home: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the folders of two runs say, which are then gone: all else is MLflow's word."""
+    """Returns the tables of two run folders, which are then removed: only MLflow has them."""
     runs = [make("one", [9.0, 7.0, 8.0]), make("two", [5.0], status="failed")]
     table = analysis.runs("tiny", source="folders")
     curves = analysis.curves(table, ["train/loss", "val/loss"])
@@ -39,11 +39,11 @@ def pushed(home: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def compare(home: Path) -> None:
     table, curves = pushed(home)
-    for found in (analysis.runs("tiny"), analysis.runs(names=["one", "two"], source="mlflow")):
-        assert found["source"].unique().tolist() == ["mlflow"]
+    for remote in (analysis.runs("tiny"), analysis.runs(names=["one", "two"], source="mlflow")):
+        assert remote["source"].unique().tolist() == ["mlflow"]
         for column in METRICS + FACTS:
-            assert found[column].to_dict() == table[column].to_dict(), column
-        again = analysis.curves(found, ["train/loss", "val/loss"])
+            assert remote[column].to_dict() == table[column].to_dict(), column
+        again = analysis.curves(remote, ["train/loss", "val/loss"])
         order = ["run", "metric", "step"]
         columns = [*order, "value"]
         assert again.astype({"run": str, "metric": str}).sort_values(order)[
@@ -54,7 +54,7 @@ def compare(home: Path) -> None:
             .to_numpy()
             .tolist()
         )
-        assert set(analysis.curves(found)["metric"]) == {
+        assert set(analysis.curves(remote)["metric"]) == {
             "train/loss",
             "train/kl",
             "val/loss",

@@ -33,7 +33,7 @@ def tell(run: RunDirectory, loss: float, status: str = "finished", reason: str =
 
 @pytest.fixture
 def runs(tiny_captioned_store: Path) -> list[RunDirectory]:
-    """A CVAE and a plain VAE, and one that failed saying something evil."""
+    """A CVAE, a plain VAE, and a run that failed with markup in its reason."""
     made = [make_run(name, captioned=True) for name in ("cvae", "broken")]
     made.insert(1, make_run("vae", captioned=True, condition="none"))
     for run, loss in zip(made[:2], (100.0, 110.0), strict=True):
@@ -104,7 +104,7 @@ def test_failed_runs_are_shown_and_never_averaged_in(
     assert ablation["low"].isna().all()
 
 
-def test_a_metric_that_is_not_a_number_is_told_from_one_that_is_missing(
+def test_a_metric_that_is_not_a_number_differs_from_one_that_is_missing(
     runs: list[RunDirectory], tmp_path: Path
 ) -> None:
     journal = Journal(runs[0].journal_file)
@@ -186,14 +186,14 @@ def test_a_report_can_be_read_and_acted_upon(runs: list[RunDirectory], tmp_path:
 
 
 def test_pictures_name_the_keys_in_the_tables_order(runs: list[RunDirectory]) -> None:
-    found = analysis.runs("tiny")
-    data = ReportData(found, analysis.curves(found))
+    table = analysis.runs("tiny")
+    data = ReportData(table, analysis.curves(table))
     assert data.labels["cvae"] == "condition=text"
     here = [Path(path).name for path in data.showcase(6)]
-    assert here == [name for name in found.index if name in here]
+    assert here == [name for name in table.index if name in here]
 
 
-def test_the_number_of_intervals_is_told(
+def test_the_number_of_intervals_is_reported(
     runs: list[RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for run in runs[:2]:
@@ -202,6 +202,6 @@ def test_the_number_of_intervals_is_told(
             text = run.experiment_file.read_text()
             again.experiment_file.write_text(re.sub(r"(?m)^seed: .*", f"seed: {seed}", text))
             tell(again, 100.0 + seed + 9 * (run.name == "vae"))
-    monkeypatch.setattr(report, "_pictures", lambda data: [])
+    monkeypatch.setattr(report, "pictures", lambda folders, labels: ([], []))
     page = make(tmp_path / "report", "--experiment", "tiny")
     assert re.search(r"Of \d+ such intervals about [\d.]+ would exclude zero by chance", page)

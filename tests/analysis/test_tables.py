@@ -25,7 +25,7 @@ START = {
 
 
 def make(name: str, losses: list[float], status: str | None = "finished") -> RunDirectory:
-    """A run that has told two points and an evaluation for each loss."""
+    """Makes a run whose journal has two points and an evaluation for each loss."""
     run = new_run(name, tiny_experiment())
     journal = Journal(run.journal_file)
     journal.append("start", step=0, **START)
@@ -153,14 +153,14 @@ def test_the_trials_of_a_sweep(home: Path) -> None:
 
 def test_unknown_names_offer_the_nearest(home: Path) -> None:
     make("baseline", [5.0])
-    for asked, message in (
+    for arguments, message in (
         ({"experiment": "tyny"}, "no run of such an experiment in .*did you mean tiny"),
         ({"names": ["baselin"]}, "no such run in .*did you mean baseline"),
         ({"sweep": "grid"}, "grid: no such sweep"),
         ({}, "which runs"),
     ):
         with pytest.raises(UserError, match=message):
-            analysis.runs(**asked)  # type: ignore[arg-type]
+            analysis.runs(**arguments)  # type: ignore[arg-type]
 
 
 def test_an_unknown_metric_or_key_offers_the_nearest(home: Path) -> None:
