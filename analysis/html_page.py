@@ -206,8 +206,10 @@ def _save(figure: "Figure", salt: str = "", **options: Any) -> bytes:
         text.set_text(clean(text.get_text()))
     buffer = io.BytesIO()
     # Without a salt, clip paths have random names and two reports of the same runs differ.
-    settings = {"text.parse_math": False, "svg.hashsalt": clean(salt)}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with (
+        matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": clean(salt)}),
+        warnings.catch_warnings(),
+    ):
         # A glyph that no font has is drawn as a box.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(buffer, **options)
