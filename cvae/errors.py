@@ -69,7 +69,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(name, known, 1, 0.75)
         near = near or [leaves[key] for key in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
     else:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(known[key] for key in near)}?" if near else ""
 
 

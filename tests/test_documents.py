@@ -98,7 +98,7 @@ def _check_values(words: list[str]) -> None:
     for file in files:
         if "/sweeps/" in file:
             load_sweep(PROJECT_ROOT / file, values, PROJECT_ROOT)
-        elif "model.backbone=patches" not in values:  # the document's own example
+        elif "model.backbone=patches" not in values:  # the example of extending.md
             load_experiment(PROJECT_ROOT / file, values)
 
 

@@ -163,7 +163,7 @@ class Model(Strict):
         if self.backbone == "mlp" and self.is_spatial:
             raise ValueError(
                 "model.latent = 'spatial' needs feature maps, which model.backbone = 'mlp' has not;"
-                " use 'vector', or the backbone conv, resnet or ldm"
+                " use 'vector' or another backbone"
             )
         if self.init_from is not None and (self.backbone != "ldm" or not self.is_spatial):
             raise ValueError(

@@ -111,8 +111,11 @@ class BaseModel:
     def model_validate_json(cls, text: str | bytes, **options: Any) -> Any:
         return cls(**json.loads(text))
 
-    def model_dump(self, mode: str = "python", **options: Any) -> dict[str, Any]:
-        return {name: _dumped(self.__dict__[name], mode) for name in self.model_fields}
+    def model_dump(
+        self, mode: str = "python", include: set[str] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        names = [name for name in self.model_fields if include is None or name in include]
+        return {name: _dumped(self.__dict__[name], mode) for name in names}
 
     def model_dump_json(self, indent: int | None = None, **options: Any) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=indent)

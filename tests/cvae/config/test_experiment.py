@@ -2,13 +2,13 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from cvae.config import yaml_model
-from cvae.config.experiment import HALVINGS, Experiment, load_experiment
+from cvae.config.experiment import HALVINGS, Experiment, Model, load_experiment
 from cvae.errors import UserError
 from cvae.models.fusion import FUSIONS
 from cvae.models.likelihood import LIKELIHOODS
@@ -153,11 +153,7 @@ def test_every_name_of_the_schema_is_built() -> None:
         for name in table:
             plain = tiny_experiment(captioned=True)
             Experiment.model_validate({**plain, "model": {**plain["model"], field: name}})  # type: ignore[dict-item]
-        plain = tiny_experiment()
-        with pytest.raises(ValidationError) as caught:
-            Experiment.model_validate({**plain, "model": {**plain["model"], field: "?"}})  # type: ignore[dict-item]
-        assert all(f"'{name}'" in str(caught.value) for name in table)
-        assert str(caught.value).split("Input should be")[1].count("'") // 2 >= len(table)
+        assert set(get_args(Model.model_fields[field].annotation)) == set(table)
 
 
 def test_every_backbone_is_a_module_of_its_name() -> None:

@@ -53,8 +53,8 @@ def test_sizes_are_those_of_the_published_models() -> None:
     assert build_model(coco, (3, 64, 64), 768, 0).n_parameters() == 15_154_819
 
 
-SPATIAL = [("conv", "spatial"), ("resnet", "spatial"), ("ldm", "spatial")]
-VECTOR = [("mlp", "vector"), ("conv", "vector"), ("resnet", "vector"), ("ldm", "vector")]
+VECTOR = [(backbone, "vector") for backbone in HALVINGS]
+SPATIAL = [(backbone, "spatial") for backbone in HALVINGS if backbone != "mlp"]
 
 
 @pytest.mark.parametrize(("backbone", "latent"), VECTOR + SPATIAL)
