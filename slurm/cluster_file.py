@@ -152,8 +152,8 @@ def choose(name: str | None) -> Place:
         return Place(name, load(name), "requested")
     # sbatch alone proves nothing: its package may be installed where there is no cluster.
     if Slurm(None).answers():
-        return Place("slurm", load("slurm"), "SLURM answers here")
-    return Place("local", load("local"), "no SLURM answers here")
+        return Place("slurm", load("slurm"), "a SLURM controller responds")
+    return Place("local", load("local"), "no SLURM controller responds")
 
 
 def load(name: str) -> ClusterConfig:

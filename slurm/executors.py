@@ -38,7 +38,7 @@ class Job(NamedTuple):
     """Called once on every node, with all that is requested of the node, instead of once per GPU; a node that
     fails does not end the others."""
     ends_with: int | None = None
-    """A process of this machine; when it ends, the job is told to save and ends as well."""
+    """A process of this machine; when it ends, the job is asked to save and ends as well."""
 
 
 # A line of setup that fails ends the job. Failures inside a function or a sourced file are ignored, and so is the

@@ -147,7 +147,7 @@ def end(submission: Submission, patience_s: float, report: Callable[[str], None]
         raise UserError(f"{submission.where}: {state.reason}")
     if state.alive:
         pid, started = submission.pid, submission.process_started
-        report(f"told the ranks of {submission.where} to save")
+        report(f"asked the ranks of {submission.where} to save")
         local_jobs.tell_to_save(pid, started)
         state = _wait(submission, patience_s)
         if state.alive:
@@ -165,7 +165,7 @@ def _end_in_slurm(
     if state.phase in ("running", "unknown"):
         try:
             slurm.tell_to_save(job_id)
-            report(f"told the ranks of {submission.where} to save")
+            report(f"asked the ranks of {submission.where} to save")
             state = _wait(submission, patience_s)
         except SlurmError as error:
             report(f"could not tell the ranks of {submission.where} to save: {error}")

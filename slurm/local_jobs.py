@@ -78,7 +78,7 @@ class DetachedExecutor(LocalExecutor):  # type: ignore[misc]  # submitit is not 
 
 
 class _Controller(Controller):  # type: ignore[misc]
-    told_to_end = False
+    asked_to_end = False
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -100,7 +100,7 @@ class _Controller(Controller):  # type: ignore[misc]
             if log.last.number > 1:
                 os.environ["CVAE_RESTARTED"] = "1"
             end = log.diagnose(self.run_to_end(patience_s))
-            end = replace(end, restarts=end.restarts and not self.told_to_end)
+            end = replace(end, restarts=end.restarts and not self.asked_to_end)
             log.close(end)
             if end.cause in (Cause.CRASH, Cause.BAD_INPUT):
                 log.report_failure(end, end.restarts)
@@ -115,15 +115,17 @@ class _Controller(Controller):  # type: ignore[misc]
             return True
 
     def _forward_signal(self, signum: signal.Signals, *args: Any) -> None:
-        self.told_to_end |= signum == signal.SIGTERM
+        self.asked_to_end |= signum == signal.SIGTERM
         super()._forward_signal(signum, *args)
 
     def _wait(self, patience_s: float) -> int:
         running = dict(enumerate(self.tasks))
         deadline, status = float("inf"), 0
         while running and time.monotonic() < deadline:
-            if not self.told_to_end and self._is_orphaned():
-                print(f"job {self.pid}: the process that owns it is gone; told to save", flush=True)
+            if not self.asked_to_end and self._is_orphaned():
+                print(
+                    f"job {self.pid}: the process that owns it is gone; asked to save", flush=True
+                )
                 self._forward_signal(signal.SIGTERM)
             for rank, task in list(running.items()):
                 code = task.poll()

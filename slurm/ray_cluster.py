@@ -127,7 +127,7 @@ def _run_driver(
         try:
             while (status := process.poll()) is None and time.monotonic() < deadline:
                 if stop.signal and deadline == float("inf"):
-                    _log.info("%s: the trials are told to save", stop.signal)
+                    _log.info("%s: the trials are asked to save", stop.signal)
                     process.terminate()
                     deadline = time.monotonic() + _STOP_PATIENCE_S
                 time.sleep(0.2)
@@ -264,7 +264,7 @@ def _lend_node(meeting: Path, gpus: int, stop: StopFlag, ray_folder: Path) -> No
         if stop.signal:
             _let_jobs_save(meeting)
     finally:
-        # A raylet that is told to end drains for half a minute; by now there is nothing to drain.
+        # A raylet that is asked to end drains for half a minute; by now there is nothing to drain.
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):

@@ -31,7 +31,7 @@ from workflows.terminal.formatting import Fact, aligned, shown
 if TYPE_CHECKING:
     from workflows.sweeps.submission import Allocation
 
-# Longer than the driver, Ray and the mirror need to end after they are told to.
+# Longer than the driver, Ray and the mirror need to end after they are asked to.
 _SAVE_PATIENCE_S = 150.0
 
 

@@ -144,7 +144,7 @@ def test_what_slurm_says_is_asked_before_anything_is_written(
     # Without --cluster: SLURM, as it answers.
     assert launch.main([str(file), "--nodes", "2", "--gpus", "8", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "cluster slurm (SLURM answers here)" in out
+    assert "cluster slurm (a SLURM controller responds)" in out
     assert "SLURM would accept the job now" in out
     assert "#SBATCH --nodes=2" in out
     assert not (home / "runs").exists()

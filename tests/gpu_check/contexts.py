@@ -38,14 +38,14 @@ def contexts(setting: Setting) -> Iterator[Finding]:
     processes = runs.start(run, count)
     try:
         runs.wait_until(run, processes, lambda: len(runs.lines(run, "step")) >= _STEPS)
-        told = len(runs.lines(run, "system"))
+        points = len(runs.lines(run, "system"))
         pids = [process.pid for process in processes]
         places = _places(pids)
     finally:
         runs.kill(processes)
     yield judged(
-        f"{count} ranks in training, after {told} points of the system's metrics",
-        told > 0
+        f"{count} ranks in training, after {points} points of the system's metrics",
+        points > 0
         and sorted(pid for pid, _ in places) == sorted(pids)
         and len({gpu for _, gpu in places}) == count,
         f"{len(places)} contexts on {len({gpu for _, gpu in places})} GPUs",

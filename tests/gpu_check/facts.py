@@ -38,9 +38,9 @@ def _device(gpus: int) -> str:
         return f"no GPU; CPU, {len(os.sched_getaffinity(0))} cores"
     import torch
 
-    told = torch.cuda.get_device_properties(0)
-    memory = f"{told.total_memory / 2**30:.0f} GiB"
-    return f"{gpus} × {told.name}, sm_{told.major}{told.minor}, {memory}"
+    gpu = torch.cuda.get_device_properties(0)
+    memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+    return f"{gpus} × {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}"
 
 
 def _version(package: str) -> str:

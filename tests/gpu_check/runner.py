@@ -64,7 +64,7 @@ def run_check(check: Check, home: Path, small: bool, left_s: float) -> Result:
 
 def _read(result: Path) -> tuple[list[Finding], bool]:
     try:
-        told = json.loads(result.read_text())
+        report = json.loads(result.read_text())
     except FileNotFoundError:
         return [], False
-    return [Finding(**row) for row in told["findings"]], told["ended"]
+    return [Finding(**row) for row in report["findings"]], report["ended"]

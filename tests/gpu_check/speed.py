@@ -113,10 +113,12 @@ def _speed(
         )
     flops = flops_per_image(meta_model(experiment, data.image_shape, data.condition_dim))
     shares = {what: flops * limit.median / peak for what, peak in reached.items()}
-    told = ", ".join(f"{share:.1%} of a {what.replace('_', ' ')}" for what, share in shares.items())
+    shares_in_words = ", ".join(
+        f"{share:.1%} of a {what.replace('_', ' ')}" for what, share in shares.items()
+    )
     yield measured(
         f"{label}, {name}: share of the peak",
-        told,
+        shares_in_words,
         f"{flops / 1e6:,.0f} MFLOP an image; "
         + ", ".join(_flops(peak) for peak in reached.values()),
         flops_per_image=flops,
@@ -165,8 +167,8 @@ def _loop(
     points = [line["metrics"] for line in runs.lines(run, "step")]
     # The first point is step 1; those that follow have equally many steps.
     points = points[1 + _FIRST_POINTS :]
-    told = [point["train/images_per_second"] for point in points]
-    return clock.of(told), rates(points)["data_wait_share"], memory.early_and_late()
+    per_second = [point["train/images_per_second"] for point in points]
+    return clock.of(per_second), rates(points)["data_wait_share"], memory.early_and_late()
 
 
 class _Memory:

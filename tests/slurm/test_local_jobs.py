@@ -150,7 +150,7 @@ def start_supervised(folder: Path, function: str) -> Submission:
     return executors.submit(job, place, Placement(1, 1), gpus=1)
 
 
-def test_a_job_that_was_told_to_end_does_not_restart(tmp_path: Path) -> None:
+def test_a_job_that_was_asked_to_end_does_not_restart(tmp_path: Path) -> None:
     submission = start_supervised(tmp_path, "sleep")
     until((tmp_path / "pid-0").exists)
     job_state.end(submission, 30, lambda text: None)

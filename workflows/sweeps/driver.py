@@ -32,7 +32,7 @@ from workflows.sweeps.trial_log import TrialLog, ids_known_to_tune
 
 # How often a trial restarts after a loss that is not its own fault: of a node or of its process.
 _MOST_LOSSES = 5
-# How long a driver that was killed or told to end may need.
+# How long a driver that was killed or asked to end may need.
 _LOCK_PATIENCE_S = 100.0
 # Trials import torch and Ray, perhaps from a cold network file system.
 _NOTICE_S = 60.0
