@@ -1,6 +1,6 @@
 """Files written by commit 0e448e0 open: stores, runs, a sweep, an export, and a report with the same numbers."""
 
-import tarfile
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,7 @@ ARCHIVE = PROJECT_ROOT / "tests" / "data" / "written_by_0e448e0.tar.gz"
 
 @pytest.fixture
 def old_home(home: Path) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(home, filter="data")
+    shutil.unpack_archive(ARCHIVE, home)
     return home
 
 

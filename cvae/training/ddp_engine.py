@@ -120,7 +120,7 @@ class DdpEngine(Engine):
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Raises UserError if torch.compile would find no compiler.
+    """Raises UserError if torch.compile would find no compiler, or on a CPU could not link with PyTorch.
 
     On a CPU it generates C++. On a GPU Triton brings its own compiler, but builds its launchers with the host's
     C compiler.
@@ -133,4 +133,11 @@ def _check_compiler(device: torch.device) -> None:
         raise UserError(
             f"training.compile = true needs a {language} compiler on a {hardware}, and there is no {names[0]}"
             f" here: install one, or train with training.compile=false"
+        )
+    library = os.path.dirname(torch.__file__)
+    # PyTorch hands its folder to the linker unquoted.
+    if on_cpu and len(library.split()) > 1:
+        raise UserError(
+            f"training.compile = true: PyTorch cannot link on a CPU from {library}, whose path has a space;"
+            " install it elsewhere, or train with training.compile=false"
         )

@@ -10,8 +10,8 @@ import pytest
 import analysis
 from cvae.errors import UserError
 from cvae.tracking import mlflow_mirror
-from tests.analysis.test_tables import make
-from tests.cvae.tracking.test_mlflow_server import Server
+from tests.helpers.mlflow_runs import Server
+from tests.helpers.trained_runs import make_journal
 
 METRICS = ["val/loss", "val/kl", "train/loss", "best_step", "step", "model.latent_dim", "seed"]
 FACTS = ["status", "world_size", "hosts", "device", "commit", "experiment"]
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def pushed(home: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Returns the tables of two run folders, which are then removed: only MLflow has them."""
-    runs = [make("one", [9.0, 7.0, 8.0]), make("two", [5.0], status="failed")]
+    runs = [make_journal("one", [9.0, 7.0, 8.0]), make_journal("two", [5.0], status="failed")]
     table = analysis.runs("tiny", source="folders")
     curves = analysis.curves(table, ["train/loss", "val/loss"])
     for run in runs:
@@ -76,7 +76,7 @@ def test_a_server_says_what_the_folders_said(
 def test_without_mlflow_the_folders_here_are_shown(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make("one", [9.0])
+    make_journal("one", [9.0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.warns(UserWarning, match="does not answer.*only the run folders here"):
         assert analysis.runs("tiny").index.tolist() == ["one"]

@@ -8,45 +8,14 @@ import pytest
 import analysis
 from cvae.errors import UserError
 from cvae.files.paths import sweeps_dir
-from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from tests.conftest import tiny_experiment
 from tests.helpers.ranks import new_run
-
-START = {
-    "world_size": 2,
-    "hosts": ["a", "b"],
-    "device": "Tesla V100",
-    "commit": "0123abc" * 5,
-    "packages": {"torch": "2.13.0"},
-    "data_name": "tiny",
-    "data_digest": "d" * 64,
-}
-
-
-def make(name: str, losses: list[float], status: str | None = "finished") -> RunDirectory:
-    """Makes a run whose journal has two points and an evaluation for each loss."""
-    run = new_run(name, tiny_experiment())
-    journal = Journal(run.journal_file)
-    journal.append("start", step=0, **START)
-    for epoch, loss in enumerate(losses, start=1):
-        for step in (10 * epoch - 5, 10 * epoch):
-            journal.append("step", step=step, metrics={"train/loss": loss + 1, "train/kl": 2.0})
-        metrics = {"val/loss": loss, "val/kl": 3.0 + epoch}
-        journal.append("epoch", step=10 * epoch, epoch=2.0 * epoch, metrics=metrics)
-    if status is not None:
-        journal.append(
-            "end",
-            status=status,
-            step=10 * len(losses),
-            reason="" if status == "finished" else "<b>no</b>",
-        )
-    journal.close()
-    return run
+from tests.helpers.trained_runs import make_journal
 
 
 def test_a_row_says_what_a_run_was_and_how_it_went(home: Path) -> None:
-    run = make("one", [9.0, 7.0, 8.0])
+    run = make_journal("one", [9.0, 7.0, 8.0])
     journal = Journal(run.journal_file)
     for step, value in ((10, 1.0), (20, 2.0)):
         journal.append("evaluation", step=step, key="val/iwae-64", metrics={"eval/iwae_64": value})
@@ -67,7 +36,7 @@ def test_a_row_says_what_a_run_was_and_how_it_went(home: Path) -> None:
 
 
 def test_pauses_do_not_count(home: Path) -> None:
-    run = make("one", [9.0], status="stopped")
+    run = make_journal("one", [9.0], status="stopped")
     lines = [json.loads(line) for line in run.journal_file.read_text().splitlines()]
     for number, line in enumerate(lines):
         line["time"] = 1000.0 + number
@@ -80,10 +49,10 @@ def test_pauses_do_not_count(home: Path) -> None:
 
 
 def test_runs_that_failed_or_go_on_are_rows_like_all_others(home: Path) -> None:
-    make("good", [5.0])
-    make("failed", [math.nan], status="failed")
-    make("going", [6.0], status=None)
-    make("nothing", [], status=None)
+    make_journal("good", [5.0])
+    make_journal("failed", [math.nan], status="failed")
+    make_journal("going", [6.0], status=None)
+    make_journal("nothing", [], status=None)
     new_run("unbegun", tiny_experiment())
     frame = analysis.runs("tiny")
     assert frame["status"].to_dict() == {
@@ -98,10 +67,10 @@ def test_runs_that_failed_or_go_on_are_rows_like_all_others(home: Path) -> None:
 
 
 def test_curves_are_tidy_whatever_a_journal_went_through(home: Path) -> None:
-    make("good", [5.0, 4.0])
+    make_journal("good", [5.0, 4.0])
     # JSON has no nan: the journal writes text, and the quick way of reading must not trip over it.
-    make("odd", [math.inf, math.nan])
-    damaged = make("damaged", [5.0])
+    make_journal("odd", [math.inf, math.nan])
+    damaged = make_journal("damaged", [5.0])
     with open(damaged.journal_file, "a") as file:
         file.write('{"kind": "step", "st\n{"half a li')
     frame = analysis.curves(analysis.runs("tiny"), ["val/loss", "train/loss"])
@@ -116,7 +85,7 @@ def test_curves_are_tidy_whatever_a_journal_went_through(home: Path) -> None:
 
 
 def test_the_cache_is_of_the_journal_as_it_is(home: Path) -> None:
-    run = make("one", [5.0], status=None)
+    run = make_journal("one", [5.0], status=None)
     frame = analysis.runs("tiny")
     first = analysis.curves(frame)
     (file,) = (home / ".analysis").iterdir()
@@ -135,9 +104,9 @@ def test_the_cache_is_of_the_journal_as_it_is(home: Path) -> None:
 
 
 def test_the_trials_of_a_sweep(home: Path) -> None:
-    make("a", [5.0])
-    make("b", [4.0], status="stopped")
-    make("other", [1.0])
+    make_journal("a", [5.0])
+    make_journal("b", [4.0], status="stopped")
+    make_journal("other", [1.0])
     folder = sweeps_dir() / "grid"
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text("")
@@ -152,7 +121,7 @@ def test_the_trials_of_a_sweep(home: Path) -> None:
 
 
 def test_unknown_names_offer_the_nearest(home: Path) -> None:
-    make("baseline", [5.0])
+    make_journal("baseline", [5.0])
     for arguments, message in (
         ({"experiment": "tyny"}, "no run of such an experiment in .*did you mean tiny"),
         ({"names": ["baselin"]}, "no such run in .*did you mean baseline"),
@@ -164,8 +133,8 @@ def test_unknown_names_offer_the_nearest(home: Path) -> None:
 
 
 def test_an_unknown_metric_or_key_offers_the_nearest(home: Path) -> None:
-    make("one", [5.0, 4.0])
-    make("two", [5.0, 4.0])
+    make_journal("one", [5.0, 4.0])
+    make_journal("two", [5.0, 4.0])
     frame = analysis.runs("tiny")
     for call, message in (
         (lambda: analysis.curves(frame, ["val/los"]), r"val/los: none .* did you mean val/loss"),
@@ -182,7 +151,7 @@ def test_an_unknown_metric_or_key_offers_the_nearest(home: Path) -> None:
 
 
 def test_a_key_that_an_older_version_did_not_know_had_its_default(home: Path) -> None:
-    old, new = make("old", [5.0]), make("new", [4.0])
+    old, new = make_journal("old", [5.0]), make_journal("new", [4.0])
     lines = old.experiment_file.read_text().splitlines(keepends=True)
     old.experiment_file.write_text("".join(line for line in lines if "compile:" not in line))
     frame = analysis.runs("tiny")

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from slurm.executors import Job
 from slurm.failure_diagnosis import first_failure
 from slurm.job_state import Submission
 from tests.conftest import PROJECT_ROOT, tiny_experiment
+from tests.helpers.waiting import until
 from tests.testcluster import Cluster
 from workflows import launch, runs
 
@@ -29,13 +28,6 @@ pytestmark = pytest.mark.cluster
 STEPS, PART = 200, 150
 # With a password, so that no script may contain it.
 URI = "http://me:secret@cvae-host:9"
-
-
-def until(condition: Callable[[], object], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
 
 
 def start(*words: str) -> "subprocess.Popen[str]":

@@ -16,9 +16,9 @@ from slurm import attempts, job_state
 from slurm import cluster_file as clusters
 from slurm.attempts import Attempt
 from slurm.cluster_file import Place, Placement
-from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
 from tests.helpers.ranks import slurm_rank
+from tests.helpers.waiting import until
 from tests.testcluster import Cluster
 from workflows import runs
 from workflows.jobs.run_state import last_submission

@@ -11,8 +11,8 @@ import yaml
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from slurm import job_state
-from tests.cluster.test_launch import until
 from tests.conftest import tiny_experiment
+from tests.helpers.waiting import until
 from tests.testcluster import Cluster
 from workflows import sweep as sweep_command
 from workflows.sweeps.directory import SweepDirectory, Trial

@@ -1,6 +1,7 @@
 """Every script ends with at most one line, whatever its streams, folder and environment are."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(_SCRIPT)
-    command = f"exec {sys.executable} {script} {words} {redirect}"
+    command = f"exec {shlex.quote(sys.executable)} {script} {words} {redirect}"
     return subprocess.run(
         ["bash", "-c", command],
         capture_output=True,
@@ -85,7 +86,7 @@ def test_a_deleted_working_directory_is_reported_in_one_line(tmp_path: Path) -> 
     gone = tmp_path / "gone"
     gone.mkdir()
     (tmp_path / "script.py").write_text(_SCRIPT)
-    command = f"cd {gone}; rmdir {gone}; exec {sys.executable} {tmp_path}/script.py"
+    command = f"cd {gone}; rmdir {gone}; exec {shlex.quote(sys.executable)} {tmp_path}/script.py"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: the current folder has been deleted")

@@ -1,8 +1,15 @@
-"""Makes run directories as training would leave them, and reads their points from MLflow's database."""
+"""Makes run directories as training leaves them, reads points from MLflow's database, starts a server."""
 
 import contextlib
 import json
+import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
@@ -83,3 +90,46 @@ def each_once(*steps: int) -> list[tuple[str, int]]:
 
 def images(client: MlflowClient, run: Run) -> list[str]:
     return sorted(file.path for file in client.list_artifacts(run.run_id, "images"))
+
+
+class Server:
+    """An `mlflow server` of its own on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.database = folder / "mlflow.db"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                    *("--host", "127.0.0.1", "--port", str(self.port)),
+                    *("--backend-store-uri", f"sqlite:///{self.database}"),
+                    *("--artifacts-destination", str(self.folder / "artifacts")),
+                ],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                },
+            )
+
+    def wait(self) -> None:
+        for _ in range(1200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
+                return
+            time.sleep(0.1)
+        raise TimeoutError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

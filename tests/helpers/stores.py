@@ -1,6 +1,10 @@
-"""Writes the manifest of a store that a test has made, so that it opens like a prepared one."""
+"""Writes files of data sets: the manifest of a store that a test has made, and the idx files of Fashion-MNIST."""
 
+import gzip
+import struct
 from pathlib import Path
+
+import numpy as np
 
 from cvae.data.store import FileEntry, Manifest, SplitManifest, TextEncoderEntry
 from cvae.files.checksums import sha256_of_file
@@ -44,3 +48,18 @@ def write_manifest(
         text_encoders=encoders,
     )
     (root / "manifest.json").write_text(manifest.to_json())
+
+
+def write_idx_folder(folder: Path, train: int = 60, test: int = 20) -> Path:
+    """Random pictures in the four files; pixel (0, 0) of each is its label."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        images[:, 0, 0] = labels
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            path = folder / f"{prefix}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
+    return folder

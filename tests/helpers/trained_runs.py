@@ -17,6 +17,7 @@ from cvae.run import checkpoint
 from cvae.run.directory import RunDirectory
 from cvae.run.journal import Journal
 from tests.conftest import tiny_experiment
+from tests.helpers.ranks import new_run
 
 
 def make_run(
@@ -70,3 +71,35 @@ def encode_with(root: Path, name: str = "minilm") -> None:
         split.files[text_file(name)] = entry
     manifest.text_encoders[name] = encoder.entry()
     (root / "manifest.json").write_text(manifest.to_json())
+
+
+START = {
+    "world_size": 2,
+    "hosts": ["a", "b"],
+    "device": "Tesla V100",
+    "commit": "0123abc" * 5,
+    "packages": {"torch": "2.13.0"},
+    "data_name": "tiny",
+    "data_digest": "d" * 64,
+}
+
+
+def make_journal(name: str, losses: list[float], status: str | None = "finished") -> RunDirectory:
+    """Makes a run whose journal has two points and an evaluation for each loss."""
+    run = new_run(name, tiny_experiment())
+    journal = Journal(run.journal_file)
+    journal.append("start", step=0, **START)
+    for epoch, loss in enumerate(losses, start=1):
+        for step in (10 * epoch - 5, 10 * epoch):
+            journal.append("step", step=step, metrics={"train/loss": loss + 1, "train/kl": 2.0})
+        metrics = {"val/loss": loss, "val/kl": 3.0 + epoch}
+        journal.append("epoch", step=10 * epoch, epoch=2.0 * epoch, metrics=metrics)
+    if status is not None:
+        journal.append(
+            "end",
+            status=status,
+            step=10 * len(losses),
+            reason="" if status == "finished" else "<b>no</b>",
+        )
+    journal.close()
+    return run

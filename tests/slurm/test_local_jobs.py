@@ -13,7 +13,7 @@ import torch
 from cvae.errors import in_words
 from slurm import attempts, executors, job_state
 from slurm.attempts import AttemptEnd, Cause, log_file
-from slurm.cluster_file import ClusterConfig, Place, Placement
+from slurm.cluster_file import Placement
 from slurm.executors import Job
 from slurm.failure_diagnosis import first_failure
 from slurm.job_state import Submission
@@ -21,8 +21,7 @@ from slurm.local_jobs import DetachedExecutor
 from slurm.rank_process import run
 from slurm.supervision import Supervision
 from tests.conftest import PROJECT_ROOT
-
-HERE = Place("local", ClusterConfig(executor="local", env={"COLOUR": "blue"}), "requested")
+from tests.helpers.waiting import HERE, until
 
 
 @pytest.fixture
@@ -34,13 +33,6 @@ def start(tmp_path: Path) -> Callable[[str, int], Submission]:
         return executors.submit(job, HERE, Placement(1, ranks), gpus=8)
 
     return submit
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited for a minute"
-        time.sleep(0.05)
 
 
 def wait_for_end(submission: Submission) -> None:

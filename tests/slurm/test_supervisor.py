@@ -10,7 +10,7 @@ from slurm import attempts, supervisor
 from slurm.attempts import AttemptEnd
 from slurm.supervision import AttemptLog, Supervision
 from tests.conftest import PROJECT_ROOT
-from tests.slurm.test_local_jobs import until
+from tests.helpers.waiting import until
 
 JOB = "12"
 KILLED_AT_LIMIT = "time limit: killed before it could save"

@@ -16,7 +16,7 @@ from slurm.cluster_file import ClusterConfig, Placement
 from slurm.executors import Job, sbatch_script
 from tests.conftest import PROJECT_ROOT, tiny_experiment
 from tests.helpers.ranks import lines
-from tests.slurm.test_local_jobs import until
+from tests.helpers.waiting import until
 from workflows.jobs.run_state import run_state, submissions
 from workflows.jobs.submission import job_environment
 

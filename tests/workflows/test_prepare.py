@@ -12,7 +12,7 @@ from cvae.data.store import store_path
 from cvae.preparation.store_writer import locked
 from tests.conftest import PROJECT_ROOT
 from tests.cvae.data.conftest import small_bert, write_coco
-from tests.cvae.preparation.test_fashion_mnist import write_idx_folder
+from tests.helpers.stores import write_idx_folder
 
 __all__ = ["small_bert"]
 

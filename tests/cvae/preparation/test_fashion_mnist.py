@@ -16,21 +16,7 @@ from cvae.errors import UserError
 from cvae.preparation import fashion_mnist
 from cvae.preparation.fashion_mnist import DEBIAN_FOLDER, MD5, download, prepare_fashion_mnist
 from tests.cvae.data.conftest import contents
-
-
-def write_idx_folder(folder: Path, train: int = 60, test: int = 20) -> Path:
-    """Random pictures in the four files; pixel (0, 0) of each is its label."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for prefix, count in (("train", train), ("t10k", test)):
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        images[:, 0, 0] = labels
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-            path = folder / f"{prefix}-{kind}-ubyte.gz"
-            path.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
-    return folder
+from tests.helpers.stores import write_idx_folder
 
 
 @pytest.mark.usefixtures("home")

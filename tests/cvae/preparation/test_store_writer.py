@@ -23,7 +23,7 @@ from cvae.preparation.scenes_coco import prepare_scenes
 from cvae.preparation.store_writer import locked, save_array
 from cvae.progress import progress_bar
 from tests.cvae.data.conftest import contents, write_coco
-from tests.cvae.preparation.test_fashion_mnist import write_idx_folder
+from tests.helpers.stores import write_idx_folder
 
 
 def test_a_lock_lasts_as_long_as_its_process(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ for module, moment in ((export, "write_weights"), (export, "sha256_of_file"), (p
     if child == 0:
         setattr(module, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         export.export_run(RunDirectory.open("tiny"), Path(sys.argv[1]))
-    print(moment, os.WTERMSIG(os.waitpid(child, 0)[1]), os.path.exists(sys.argv[1]))
+    print(moment, os.WTERMSIG(os.waitpid(child, 0)[1]), os.path.exists(sys.argv[1]), flush=True)
 """
 
 

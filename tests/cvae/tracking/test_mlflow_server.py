@@ -3,15 +3,10 @@
 import base64
 import contextlib
 import logging
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +15,7 @@ import pytest
 from cvae.errors import UserError
 from cvae.tracking import mlflow_mirror
 from cvae.tracking.mlflow_mirror import behind, start_mirror, sync
+from tests.helpers.mlflow_runs import Server
 
 mlflow_mirror.prepare_mlflow()
 
@@ -27,47 +23,6 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 from cvae.tracking.mlflow_push import Pusher  # noqa: E402
 from tests.helpers.mlflow_runs import Run, each_once, images, points  # noqa: E402
-
-
-class Server:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.database = folder / "mlflow.db"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-                    *("--host", "127.0.0.1", "--port", str(self.port)),
-                    *("--backend-store-uri", f"sqlite:///{self.database}"),
-                    *("--artifacts-destination", str(self.folder / "artifacts")),
-                ],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={
-                    **os.environ,
-                    "MLFLOW_DISABLE_TELEMETRY": "true",
-                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                },
-            )
-
-    def wait(self) -> None:
-        for _ in range(1200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
-                return
-            time.sleep(0.1)
-        raise TimeoutError((self.folder / "log").read_text())
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
