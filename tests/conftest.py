@@ -32,6 +32,11 @@ _INTEGRATION = (
     "tests/workflows/jobs/test_prepare_job.py",
     "tests/cvae/test_metrics.py",
     "tests/test_fuzz.py",
+    "tests/workflows/test_code_snapshot.py",
+    "tests/slurm/test_local_jobs.py",
+    "tests/workflows/test_evaluate.py",
+    "tests/cvae/distributed/test_watchdog.py",
+    "tests/analysis/test_mlflow_runs.py",
 )
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
