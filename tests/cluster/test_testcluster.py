@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,17 +12,11 @@ import pytest
 import submitit
 
 from cvae.errors import UserError
+from tests.helpers.waiting import until
 from tests.testcluster import Cluster, ClusterError, missing, settings
 from tests.testcluster import cluster as module
 
 pytestmark = pytest.mark.cluster
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 # --- Up and down: a second, smaller cluster beside the one that the other tests share.
@@ -64,7 +57,7 @@ class Traces:
 
     def assert_gone(self) -> None:
         # A namespace's network is removed a moment after its last process.
-        wait_for(lambda: self._named() == self.before, 5, "links, mounts and files of before")
+        until(lambda: self._named() == self.before, 5, 0.1, "links, mounts and files of before")
         assert [process for process in self.processes if process.is_running()] == []
         for process in psutil.process_iter():
             try:
@@ -107,7 +100,7 @@ def test_down_cleans_up_after_a_killed_up(second: Cluster) -> None:
     traces = Traces()
     code = "from tests.testcluster import Cluster; Cluster('cvae-testcluster-2', '10.213.78').up()"
     up = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    wait_for((second.state / "slurmdbd.pid").exists, 30, "a cluster half up")
+    until((second.state / "slurmdbd.pid").exists, 30, 0.1, "a cluster half up")
     up.send_signal(signal.SIGKILL)
     up.wait()
     traces.look_at(second)
@@ -223,7 +216,7 @@ def counting_job(on_cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., 
         folder = tmp_path / f"job-{len(jobs)}"
         folder.mkdir()
         jobs.append(CountingJob(on_cluster, folder, *options))
-        wait_for(lambda: jobs[-1].lines() == ["start"], 30, "the job's first start")
+        until(lambda: jobs[-1].lines() == ["start"], 30, 0.1, "the job's first start")
         return jobs[-1]
 
     yield submit
@@ -239,7 +232,7 @@ def test_requeued_and_preempted_jobs_run_again(
     command = ["srun", "--partition=urgent", "--nodelist=cvae-node2", "--gpus=4", "hostname"]
     assert on_cluster.command(*command) == "cvae-node2\n"
     for job in (requeued, preempted):
-        wait_for(lambda job=job: len(job.lines()) == 3, 40, "a second start")  # type: ignore[misc]
+        until(lambda job=job: len(job.lines()) == 3, 40, 0.1, "a second start")  # type: ignore[misc]
         assert job.lines() == ["start", "SIGTERM", "start 1"]
 
 
@@ -254,7 +247,7 @@ def test_a_job_outlives_its_slurmd(
     node.start_slurmd()
     # Only a slurmd that knows the job's processes can pass this signal on.
     on_cluster.command("scancel", "--signal=TERM", job.id)
-    wait_for(lambda: job.lines() == ["start", "SIGTERM"], 20, "the signal")
+    until(lambda: job.lines() == ["start", "SIGTERM"], 20, 0.1, "the signal")
 
 
 def test_a_cut_link_cuts_and_heals(on_cluster: Cluster) -> None:
@@ -274,7 +267,7 @@ def test_a_cut_link_cuts_and_heals(on_cluster: Cluster) -> None:
         assert node.run("hostname") == "cvae-node1\n"
     finally:
         node.heal_link()
-    wait_for(reaches, 5, "the healed link")
+    until(reaches, 5, 0.1, "the healed link")
 
 
 def test_a_host_comes_back_after_power_loss(on_cluster: Cluster) -> None:
@@ -284,5 +277,5 @@ def test_a_host_comes_back_after_power_loss(on_cluster: Cluster) -> None:
     with pytest.raises(ClusterError, match="cvae-node2 is off"):
         node.run("true")
     node.power_on()
-    wait_for(on_cluster.is_ready, 30, "all nodes idle")
+    until(on_cluster.is_ready, 30, 0.1, "all nodes idle")
     assert on_cluster.command("srun", "--nodelist=cvae-node2", "hostname") == "cvae-node2\n"

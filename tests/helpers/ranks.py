@@ -5,8 +5,6 @@ Each rank runs `python -m tests.helpers.ranks RUN_PATH PORT [RUN_PATH PORT …]`
 
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ from cvae.errors import UserError
 from cvae.run import journal
 from cvae.run.directory import RunDirectory
 from tests.helpers.rank_processes import Processes, free_port, start_python
+from tests.helpers.waiting import until
 
 _PATIENCE_S = 120
 
@@ -56,14 +55,7 @@ def slurm_rank(run: RunDirectory, rank: int) -> psutil.Process:
 
 
 def wait_for_step(run: RunDirectory, step: int) -> None:
-    wait_until(lambda: max(steps(run), default=0) >= step)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
+    until(lambda: max(steps(run), default=0) >= step, _PATIENCE_S, 0.01)
 
 
 def steps(run: RunDirectory) -> list[int]:

@@ -21,7 +21,8 @@ from slurm.local_jobs import DetachedExecutor
 from slurm.rank_process import run
 from slurm.supervision import Supervision
 from tests.conftest import PROJECT_ROOT
-from tests.helpers.waiting import HERE, until
+from tests.helpers.local_place import HERE
+from tests.helpers.waiting import until
 
 
 @pytest.fixture

@@ -8,13 +8,11 @@ from slurm import attempts, supervisor
 from slurm.attempts import Attempt, AttemptEnd, Cause
 from slurm.commands import Slurm
 from slurm.job_state import Submission, requeue_warning
-from slurm.supervision import AttemptLog, Supervision
+from tests.helpers.attempt_log import AT_LIMIT, JOB, begin, last_end, opened
 from tests.helpers.site import BUSY, DISABLED, GONE, NO_ACCOUNTING, Site, site
 
 __all__ = ["site"]
-JOB = "12"
 RUNNING = "JobState=RUNNING Restarts=1 PreemptTime=None"
-AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=1"
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +23,6 @@ def on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
     monkeypatch.setattr(supervisor, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(supervisor, "_UPDATE_PATIENCE_S", 0.0)
-
-
-def opened(folder: Path, max_restarts: int = 3) -> AttemptLog:
-    supervision = Supervision(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
-    return AttemptLog(folder, JOB, supervision, max_restarts)
-
-
-def begin(folder: Path) -> None:
-    log = opened(folder)
-    log.settle("TIMEOUT")
-    log.begin(["n1"])
-
-
-def last_end(folder: Path) -> AttemptEnd:
-    end = attempts.read(folder, JOB)[-1].end
-    assert end is not None
-    return end
 
 
 def scontrol(site: Site, requeue: str, details: str = RUNNING) -> None:

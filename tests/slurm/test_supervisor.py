@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 from slurm import attempts, supervisor
-from slurm.attempts import AttemptEnd
-from slurm.supervision import AttemptLog, Supervision
 from tests.conftest import PROJECT_ROOT
+from tests.helpers.attempt_log import AT_LIMIT, JOB, begin, last_end, opened
 from tests.helpers.waiting import until
 
-JOB = "12"
 KILLED_AT_LIMIT = "time limit: killed before it could save"
-AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=1"
 
 
 @pytest.fixture
@@ -35,23 +32,6 @@ def changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
     (tmp_path / "details").write_text(AT_LIMIT)
     return changes
-
-
-def opened(folder: Path, max_restarts: int = 3) -> AttemptLog:
-    supervision = Supervision(str(folder / "step-*"), "tests.helpers.job_targets:note", str(folder))
-    return AttemptLog(folder, JOB, supervision, max_restarts)
-
-
-def begin(folder: Path) -> None:
-    log = opened(folder)
-    log.settle("TIMEOUT")
-    log.begin(["n1"])
-
-
-def last_end(folder: Path) -> AttemptEnd:
-    end = attempts.read(folder, JOB)[-1].end
-    assert end is not None
-    return end
 
 
 def test_killed_at_the_time_limit_it_is_tried_again_while_that_brings_progress(

@@ -36,7 +36,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from cvae.tracking.mlflow_push import Pusher  # noqa: E402
 from cvae.tracking.mlflow_store import NOTE  # noqa: E402
 from tests.helpers.mlflow_runs import COMMAND, START, Run, each_once, images, points  # noqa: E402
-from tests.helpers.ranks import wait_until  # noqa: E402
+from tests.helpers.waiting import until  # noqa: E402
 from workflows.jobs.run_facts import open_mlflow  # noqa: E402
 
 
@@ -379,7 +379,7 @@ def test_no_word_of_a_mirror_holds_a_password(
     texts = f"{error.value} {refused.value} {open_mlflow()}"
     if uri.startswith("http"):
         mirror, log = start_mirror(run.path), run.path / "logs" / "mlflow.log"
-        wait_until(lambda: "mirroring to http://ann:***@" in log.read_text())
+        until(lambda: "mirroring to http://ann:***@" in log.read_text(), 120)
         mirror.finish(2)
     texts += "".join(file.read_text() for file in run.path.rglob("*.[jly]*") if file.is_file())
     assert "hush" not in texts

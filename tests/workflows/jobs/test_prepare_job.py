@@ -21,7 +21,8 @@ from slurm.executors import Job
 from slurm.job_state import Submission
 from tests.conftest import PROJECT_ROOT
 from tests.cvae.data.conftest import contents, small_bert, write_coco
-from tests.helpers.waiting import HERE, until
+from tests.helpers.local_place import HERE
+from tests.helpers.waiting import until
 from workflows.jobs import prepare_job
 from workflows.jobs.prepare_job import end_leftover, filler
 from workflows.prepare import main

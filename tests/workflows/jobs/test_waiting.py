@@ -11,7 +11,7 @@ from slurm.commands import JobState
 from slurm.executors import Job
 from slurm.job_state import Submission
 from tests.conftest import PROJECT_ROOT
-from tests.helpers.waiting import HERE
+from tests.helpers.local_place import HERE
 from workflows.jobs import waiting
 from workflows.jobs.waiting import FinishedJob, run_and_wait, waiting_text
 
